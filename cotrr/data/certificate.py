@@ -1,0 +1,152 @@
+"""The data certificate: what was counted, and every leak that was looked for, on what was written."""
+
+import hashlib
+import itertools
+import json
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from scipy.optimize import isotonic_regression
+
+from cotrr import files
+from cotrr.data.contract import ATTRIBUTES
+from cotrr.data.labels import GOLD, SILVER, numbers
+from cotrr.data.runs import embedding_matrix
+
+NEAR_DUPLICATE = 0.98  # cosine between image embeddings of different pictures
+DETERMINED = 0.999  # share of y's variance that one feature may not explain
+
+
+def certify(
+    tables: dict[str, pa.Table], dropped: int, settings: dict[str, Any], summary: dict[str, Any]
+) -> dict[str, Any]:
+    """The certificate of a dataset given as one table by split; `dropped` rows went to no split."""
+    everything = pa.concat_tables(tables.values())
+    near = near_duplicates(tables)
+    return {
+        "counts": {name: _counts(table) for name, table in tables.items()},
+        "rows_read": len(everything) + dropped,
+        "rows_dropped": dropped,
+        "overlap": {
+            key: {f"{a}/{b}": _overlap(tables[a], tables[b], key)
+                  for a, b in itertools.combinations(tables, 2)}
+            for key in ("canonical_id", "query_id")
+        },
+        "near_duplicates": {"cosine_above": NEAR_DUPLICATE, "pairs": len(near), "examples": near[:5]},
+        "label_leakage": label_leakage(everything),
+        "missing": {name: float(np.isnan(numbers(everything, name)).mean()) for name in ATTRIBUTES}
+        | {name: everything[name].null_count / max(len(everything), 1)
+           for name in ("image_embedding", "text_embedding", "constraints")},
+        "labels": _label_shares(everything),
+        "settings": settings,
+        "settings_hash": digest(settings),
+        "input": summary,
+    }  # fmt: skip
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a value's canonical JSON."""
+    text = json.dumps(files.finite(value), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def breaches(certificate: dict[str, Any]) -> list[str]:
+    """What a reader of the certificate must be told before believing any figure from the data."""
+    found = [
+        f"{count} {key} in both {pair.replace('/', ' and ')}"
+        for key, pairs in certificate["overlap"].items()
+        for pair, count in pairs.items()
+        if count
+    ]
+    near = certificate["near_duplicates"]
+    if near["pairs"]:
+        found.append(
+            f"{near['pairs']} pairs of different pictures across splits with cosine above "
+            f"{near['cosine_above']}"
+        )
+    found += [f"{name} alone determines y ({how})" for name, how in certificate["label_leakage"].items()]
+    shares = certificate["labels"]
+    if shares[SILVER]:
+        found.append(
+            f"{shares[SILVER]:.1%} of the rows have silver labels: functions of the features, so a "
+            "model learns its own input"
+        )
+    if shares["none"]:
+        found.append(f"{shares['none']:.1%} of the rows have no label")
+    return found
+
+
+def _counts(table: pa.Table) -> dict[str, int]:
+    distinct = lambda name: len(table[name].unique())
+    return {"rows": len(table), "queries": distinct("query_id"),
+            "pictures": distinct("canonical_id"), "domains": distinct("domain")}  # fmt: skip
+
+
+def _overlap(a: pa.Table, b: pa.Table, key: str) -> int:
+    return len(set(a[key].to_pylist()) & set(b[key].to_pylist()))
+
+
+def _label_shares(table: pa.Table) -> dict[str, float]:
+    kinds = table["label"].to_pylist()
+    total = max(len(kinds), 1)
+    return {GOLD: kinds.count(GOLD) / total, SILVER: kinds.count(SILVER) / total,
+            "none": kinds.count(None) / total}  # fmt: skip
+
+
+def near_duplicates(tables: dict[str, pa.Table]) -> list[dict[str, Any]]:
+    """Pairs of different pictures in different splits whose image embeddings nearly coincide."""
+    pictures = {name: _unit_pictures(table) for name, table in tables.items()}
+    pairs = []
+    for a, b in itertools.combinations(pictures, 2):
+        (ids_a, unit_a), (ids_b, unit_b) = pictures[a], pictures[b]
+        for start in range(0, len(ids_a), 1024):  # blocks: memory stays bounded
+            cosine = unit_a[start : start + 1024] @ unit_b.T
+            for i, j in np.argwhere(cosine > NEAR_DUPLICATE):
+                if ids_a[start + i] != ids_b[j]:
+                    pairs.append({a: ids_a[start + i], b: ids_b[j], "cosine": float(cosine[i, j])})
+    return sorted(pairs, key=lambda pair: -pair["cosine"])
+
+
+def _unit_pictures(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and unit embeddings of the distinct (canonical_id, id) of a split."""
+    if not len(table):
+        return np.array([]), np.zeros((0, table["image_embedding"].type.list_size), np.float32)
+    names = np.array(list(zip(*(table[k].to_pylist() for k in ("canonical_id", "id")), strict=True)))
+    _, first = np.unique(names, axis=0, return_index=True)
+    vectors = embedding_matrix(table.take(first), "image_embedding")
+    there = ~np.isnan(vectors).any(axis=1)
+    vectors = vectors[there]
+    return names[first[there], 0], vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def label_leakage(table: pa.Table) -> dict[str, str]:
+    """The single features that determine y, each with how: by order, or by value."""
+    y = numbers(table, "y")
+    found = {}
+    for name in ATTRIBUTES:
+        x = numbers(table, name)
+        known = ~(np.isnan(x) | np.isnan(y))
+        if how := _determines(x[known], y[known]):
+            found[name] = how
+    return found
+
+
+def _determines(x: np.ndarray, y: np.ndarray) -> str | None:
+    """Whether y is a monotone function of x, or is fixed by x wherever a value of x recurs."""
+    if len(np.unique(y)) < 2 or len(np.unique(x)) < 2:
+        return None
+    values, group = np.unique(x, return_inverse=True)
+    count = np.bincount(group)
+    mean = np.bincount(group, y) / count
+    total = float(np.var(y)) * len(y)
+    for increasing in (True, False):
+        fit = isotonic_regression(mean, weights=count, increasing=increasing).x
+        if 1 - np.sum((y - fit[group]) ** 2) / total >= DETERMINED:
+            return "y rises with it" if increasing else "y falls with it"
+    again = count[group] > 1
+    if again.mean() < 0.5 or len(np.unique(y[again])) < 2:
+        return None
+    within = np.sum((y - mean[group])[again] ** 2)
+    spread = float(np.var(y[again])) * again.sum()
+    return "each value of it has one y" if 1 - within / spread >= DETERMINED else None

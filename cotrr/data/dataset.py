@@ -1,0 +1,113 @@
+"""A dataset folder: Parquet by split, and the certificate of what was measured on it."""
+
+import json
+import pathlib
+from typing import Any
+
+import msgspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cotrr import files
+from cotrr.data import certificate, labels, runs, splits
+from cotrr.data.contract import InputError
+
+CERTIFICATE = "certificate.json"
+
+
+def prepare(
+    table: pa.Table, fractions: tuple[float, ...], compliance_weight: float, salt: str, method: str
+) -> tuple[pa.Table, dict[str, Any]]:
+    """Adds `split`, `y` and `label`, ordered by query; rows dropped by the split have split null."""
+    split, cost = splits.split_rows(
+        table["query_id"].to_numpy(zero_copy_only=False),
+        table["canonical_id"].to_numpy(zero_copy_only=False),
+        fractions, salt, method,
+    )  # fmt: skip
+    marks = labels.label(table, compliance_weight)
+    names = np.array([*splits.SPLITS, None], object)[split]
+    table = table.append_column("split", pa.array(names, pa.string()))
+    table = table.append_column("y", pa.array(marks.y, pa.float64(), mask=np.isnan(marks.y)))
+    return table.append_column("label", pa.array(marks.kind, pa.string())), cost
+
+
+def write(
+    table: pa.Table, folder: pathlib.Path, settings: dict[str, Any], summary: dict[str, Any]
+) -> dict[str, Any]:
+    """Writes `train|validation|test.parquet` and their certificate, measured on what was written."""
+    for name in splits.SPLITS:
+        rows = np.flatnonzero(table["split"].to_numpy(zero_copy_only=False) == name)
+        with files.replacing(folder / f"{name}.parquet") as temporary:
+            pq.write_table(group_by_query(table.take(rows)), temporary, compression="zstd")
+    written = {name: pq.read_table(folder / f"{name}.parquet") for name in splits.SPLITS}
+    result = certificate.certify(written, table["split"].null_count, settings, summary)
+    result["files"] = {f"{name}.parquet": files.sha256(folder / f"{name}.parquet") for name in written}
+    files.write_json(folder / CERTIFICATE, result)
+    return result
+
+
+def hash_shards(run: runs.Run) -> dict[str, str]:
+    """SHA-256 of every shard of a run, by file name."""
+    return {shard.name: files.sha256(shard) for shard in run.shards}
+
+
+def group_by_query(table: pa.Table) -> pa.Table:
+    """The rows with each query's together; queries and rows keep their order of appearance."""
+    _, first, query = np.unique(
+        table["query_id"].to_numpy(zero_copy_only=False), return_index=True, return_inverse=True
+    )
+    return table.take(np.argsort(first[query], kind="stable")) if len(table) else table
+
+
+def read_certificate(folder: str | pathlib.Path) -> dict[str, Any]:
+    """The certificate of a dataset folder; raises InputError where there is none."""
+    path = pathlib.Path(folder) / CERTIFICATE
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise InputError(
+            "no certificate, so this is no dataset",
+            file=path,
+            remedy="Make one: python -m experiments.generate_training_data --help",
+        ) from None
+    except ValueError as error:
+        raise InputError(f"broken JSON: {error}", file=path) from None
+
+
+def read(folder: str | pathlib.Path, split: str) -> pa.Table:
+    """One split; raises InputError where its file is missing or not the one that was certified."""
+    path = pathlib.Path(folder) / f"{split}.parquet"
+    certified = read_certificate(folder)["files"].get(path.name)
+    if not path.is_file():
+        raise InputError("this split is missing", file=path, remedy="Generate the dataset again")
+    if files.sha256(path) != certified:
+        raise InputError(
+            "the file is not the one that the certificate was made for",
+            file=path,
+            remedy="Generate the dataset again",
+        )
+    return pq.read_table(path)
+
+
+def write_lines(
+    run: runs.Run, table: pa.Table, path: pathlib.Path
+) -> dict[str, int]:
+    """Writes the run's own lines with `split` and `y` added; dropped rows have split null.
+
+    Lines in quarantine are left out, as they are from the table.  Returns the counts by split.
+    """
+    columns = (table[name].to_pylist() for name in ("file", "line", "split", "y", "label"))
+    marks = {(file, number): rest for file, number, *rest in zip(*columns, strict=True)}
+    counts: dict[str, int] = {name: 0 for name in (*splits.SPLITS, "dropped")}
+    decode = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+    with files.replacing(path) as temporary, open(temporary, "wb") as out:
+        for line in runs.read_lines(run):
+            mark = marks.get((pathlib.Path(line.file).name, line.number))
+            if mark is None:
+                continue
+            split, y, kind = mark
+            added = decode(line.content) | {"split": split, "y": y, "label": kind}
+            out.write(msgspec.json.encode(added) + b"\n")
+            counts[split or "dropped"] += 1
+    return counts

@@ -1,0 +1,99 @@
+"""From a table of candidates to padded lists: one row of arrays per query."""
+
+import json
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from cotrr.data.contract import ATTRIBUTES, constraint_tokens
+from cotrr.data.labels import GOLD, SILVER, numbers
+from cotrr.data.runs import embedding_matrix
+
+
+class Lists(NamedTuple):
+    """Q queries of up to n candidates each; d is the embedding's length, A the attributes.
+
+    Missing numbers are NaN; `where` marks what is a candidate and not padding.
+    """
+
+    query_id: np.ndarray  # [Q] object
+    query: np.ndarray  # [Q] object: the text
+    domain: np.ndarray  # [Q] object
+    constraints: tuple[tuple[str, ...], ...]  # [Q] tokens `key=value`
+    text: np.ndarray  # [Q, d] float32
+    image: np.ndarray  # [Q, n, d] float32
+    attributes: np.ndarray  # [Q, n, A] float32, in the order of contract.ATTRIBUTES
+    y: np.ndarray  # [Q, n] float32
+    compliance: np.ndarray  # [Q, n] float32
+    conflict: np.ndarray  # [Q, n] float32
+    row: np.ndarray  # [Q, n] int64: row of the table, -1 where padded
+    where: np.ndarray  # [Q, n] bool
+
+    @property
+    def labelled(self) -> np.ndarray:
+        """[Q, n] bool: candidates that have a label."""
+        return self.where & ~np.isnan(self.y)
+
+
+def to_lists(table: pa.Table, label: str | None = None) -> Lists:
+    """Groups a table by query, in order of appearance, padded to the longest list.
+
+    `label` keeps only "gold" or only "silver" labels; None keeps what there is.  A table without
+    `y` (a run that was just read) gives unlabelled lists.
+    """
+    ids = table["query_id"].to_numpy(zero_copy_only=False)
+    _, first, inverse = np.unique(ids, return_index=True, return_inverse=True)
+    order = np.argsort(first)  # queries by first appearance
+    query = np.argsort(order)[inverse]
+    first = first[order]
+    row = _pad_rows(query, len(first))
+    where = row >= 0
+    take = lambda values: np.where(where, values[row], np.nan).astype(np.float32)
+    text = lambda name: table[name].take(first).to_numpy(zero_copy_only=False)
+    image, query_text = (_vectors(table, f"{name}_embedding") for name in ("image", "text"))
+    return Lists(
+        query_id=ids[first],
+        query=text("query"),
+        domain=text("domain"),
+        constraints=tuple(constraint_tokens(json.loads(c or "{}")) for c in text("constraints")),
+        text=query_text[first],
+        image=np.where(where[..., None], image[row], np.nan),
+        attributes=np.stack([take(numbers(table, name)) for name in ATTRIBUTES], axis=-1),
+        **{name: take(values) for name, values in _labels(table, label).items()},
+        row=row,
+        where=where,
+    )
+
+
+def _pad_rows(query: np.ndarray, queries: int) -> np.ndarray:
+    """[Q, n] row numbers of each query's candidates in table order, -1 behind them."""
+    order = np.argsort(query, kind="stable")
+    count = np.bincount(query, minlength=queries)
+    position = np.arange(len(query)) - np.repeat(np.cumsum(count) - count, count)
+    row = np.full((queries, count.max(initial=1)), -1)
+    row[query[order], position] = order
+    return row
+
+
+def _vectors(table: pa.Table, name: str) -> np.ndarray:
+    """[N, d] embeddings; d is 0 where no line has one."""
+    if table[name].null_count == len(table):
+        return np.zeros((len(table), 0), np.float32)
+    return embedding_matrix(table, name)
+
+
+def _labels(table: pa.Table, kind: str | None) -> dict[str, np.ndarray]:
+    """y and its two parts for each row, NaN where the row has no label of that kind."""
+    nothing = np.full(len(table), np.nan)
+    if "y" not in table.column_names:
+        return {"y": nothing, "compliance": nothing, "conflict": nothing}
+    kinds = table["label"].to_numpy(zero_copy_only=False)
+    parts = {"compliance": ("review_compliance", "compliance_score"),
+             "conflict": ("review_conflict", "conflict_prob")}  # fmt: skip
+    values = {"y": numbers(table, "y")}
+    for name, (gold, silver) in parts.items():
+        values[name] = np.where(kinds == GOLD, numbers(table, gold),
+                                np.where(kinds == SILVER, numbers(table, silver), np.nan))  # fmt: skip
+    wanted = kinds == kind if kind else np.ones(len(table), bool)
+    return {name: np.where(wanted, value, np.nan) for name, value in values.items()}

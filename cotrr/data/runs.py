@@ -1,0 +1,407 @@
+"""Reading a Step 4 run: a folder or a bare JSONL file becomes one Arrow table, or a clear error."""
+
+import base64
+import collections
+import gzip
+import json
+import math
+import pathlib
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+import pyarrow as pa
+
+from cotrr.data.contract import ATTRIBUTES, FIELDS, Candidate, InputError, Manifest
+
+_CONFLICT = pa.struct([("type", pa.string()), ("severity", pa.string()), ("confidence", pa.float64())])
+KEYS = ("query_id", "query", "domain", "id", "canonical_id", "url")
+_FIX = "Mend the line, or set --on_bad_line=quarantine to put bad lines aside"
+_decode = msgspec.json.Decoder(Candidate).decode
+_split_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+
+
+class Run(NamedTuple):
+    """Where a run is: its shards in reading order, and its manifest where it has one."""
+
+    path: pathlib.Path
+    shards: tuple[pathlib.Path, ...]
+    manifest: Manifest | None
+
+
+class Reading(NamedTuple):
+    """A run that was read: one row per candidate, and what was noticed on the way."""
+
+    table: pa.Table
+    summary: dict[str, Any]
+
+
+class _Line(NamedTuple):
+    file: str
+    number: int
+    content: bytes
+
+
+def find_run(path: str | pathlib.Path) -> Run:
+    """The run at `path`: a run folder (or a link to one) or a bare `.jsonl[.gz]` file.
+
+    Raises InputError where there is nothing to read, or a run is not `completed`.
+    """
+    path = pathlib.Path(path)
+    if path.is_file():
+        return Run(path, (path,), None)
+    if not path.is_dir():
+        raise InputError("no such run", file=path, remedy="Name a run folder or a JSONL file")
+    manifest = _read_manifest(path / "manifest.json")
+    return Run(path, _find_shards(path, manifest), manifest)
+
+
+def _read_manifest(path: pathlib.Path) -> Manifest:
+    try:
+        manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
+    except FileNotFoundError:
+        raise InputError(
+            "a run folder needs its manifest",
+            file=path,
+            remedy="Wait for the run to end, or name its JSONL file itself",
+        ) from None
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        reason, field = _explain(error)
+        raise InputError(reason, file=path, field=field) from None
+    if manifest.status != "completed":
+        raise InputError(
+            f"status is {manifest.status!r}, not 'completed'",
+            file=path,
+            field="status",
+            remedy="Only completed runs are read",
+        )
+    if "scored" not in manifest.items_by_stage:
+        raise InputError("the stage `scored` is missing", file=path, field="items_by_stage")
+    return manifest
+
+
+def _find_shards(folder: pathlib.Path, manifest: Manifest) -> tuple[pathlib.Path, ...]:
+    if manifest.scored_path:
+        named = folder / manifest.scored_path
+        if not named.resolve().is_relative_to(folder.resolve()):
+            raise InputError(
+                f"{manifest.scored_path!r} leads out of the run folder",
+                file=folder / "manifest.json",
+                field="scored_path",
+            )
+        if named.is_file():
+            return (named,)
+    patterns = ("scored.jsonl", "scored.jsonl.gz", "scored-*.jsonl", "scored-*.jsonl.gz")
+    shards = tuple(sorted(shard for pattern in patterns for shard in folder.glob(pattern)))
+    if not shards:
+        raise InputError("no scored.jsonl, scored-*.jsonl or their .gz here", file=folder)
+    stems = collections.Counter(shard.name.removesuffix(".gz") for shard in shards)
+    for stem, count in stems.items():
+        if count > 1:
+            raise InputError(
+                "the shard is there both plain and gzipped", file=folder / stem, remedy="Keep one"
+            )
+    return shards
+
+
+def read_lines(run: Run, progress: Callable[[int], None] | None = None) -> Iterator[_Line]:
+    """Every non-blank line of the run, in order; `progress` gets the number of bytes of each."""
+    for shard in run.shards:
+        opener = gzip.open if shard.suffix == ".gz" else open
+        number = 0
+        try:
+            with opener(shard, "rb") as stream:
+                for number, content in enumerate(stream, 1):
+                    if progress:
+                        progress(len(content))
+                    if not content.isspace():
+                        yield _Line(str(shard), number, content)
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise InputError(
+                f"the gzip stream breaks after line {number} ({error})",
+                file=shard,
+                remedy="Copy the file again",
+            ) from None
+
+
+def _explain(error: Exception) -> tuple[str, str | None]:
+    """Splits msgspec's message into the reason and the field that it names."""
+    match = re.fullmatch(r"(.*?)(?: - at `\$\.?(.*)`)?", str(error), re.DOTALL)
+    reason, field = (match[1], match[2]) if match else (str(error), None)
+    if missing := re.search(r"missing required field `(\w+)`", reason):
+        field = f"{field}.{missing[1]}" if field else missing[1]
+    return reason[:1].lower() + reason[1:], field
+
+
+def _non_finite_field(value: Any, path: str = "") -> str | None:
+    """The path of the first NaN or infinity inside decoded JSON."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return path
+    items = (
+        value.items() if isinstance(value, dict) else
+        enumerate(value) if isinstance(value, list) else ()
+    )  # fmt: skip
+    for key, item in items:
+        step = f"[{key}]" if isinstance(value, list) else f".{key}" if path else str(key)
+        if (found := _non_finite_field(item, path + step)) is not None:
+            return found
+    return None
+
+
+def parse(line: _Line) -> Candidate:
+    """One candidate from one line; raises InputError naming file, line, field and expectation."""
+
+    def bad(reason: str, field: str | None = None) -> InputError:
+        return InputError(reason, file=line.file, line=line.number, field=field, remedy=_FIX)
+
+    try:
+        return _decode(line.content)
+    except msgspec.ValidationError as error:
+        raise bad(*_explain(error)) from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        try:
+            field = _non_finite_field(json.loads(line.content))
+        except (ValueError, RecursionError):
+            raise bad(f"broken JSON: {error}") from None
+        if field is None:
+            raise bad(f"broken JSON: {error}") from None
+        raise bad("NaN or infinity where a finite number was expected", field) from None
+    except RecursionError:
+        raise bad("broken JSON: nested too deeply") from None
+
+
+class _Reader:
+    """Turns candidates into columns and checks what one line alone cannot show."""
+
+    def __init__(self, embedding_dim: int | None, keep_lines: bool):
+        self.dim = embedding_dim
+        self.keep_lines = keep_lines
+        self.columns: dict[str, list] = collections.defaultdict(list)
+        self.vectors: dict[str, list[np.ndarray | None]] = collections.defaultdict(list)
+        self.seen: dict[tuple[str, str], str] = {}
+        self.queries: dict[str, tuple[str, dict[str, Any]]] = {}
+        self.unknown: collections.Counter[str] = collections.Counter()
+
+    def add(self, line: _Line) -> None:
+        row = parse(line)
+        vectors = {name: self._vector(row, name, line) for name in ("image_embedding", "text_embedding")}
+        self._check_key(row, line)
+        self._check_query(row, vectors["text_embedding"], line)
+        self.seen[row.query_id, row.id] = f"{line.file}, line {line.number}"
+        fields = _split_fields(line.content)
+        self.unknown.update(fields.keys() - FIELDS)
+        self._append(row, vectors, line)
+        if self.keep_lines:
+            rest = {k: v for k, v in fields.items() if not k.endswith("_embedding")}
+            self.columns["line_json"].append(msgspec.json.encode(rest))
+
+    def _vector(self, row: Candidate, name: str, line: _Line) -> np.ndarray | None:
+        values = getattr(row, name)
+        if values is None:
+            return None
+        if self.dim is None:
+            self.dim = len(values)
+        vector = np.asarray(values, np.float32)
+        reason = None
+        if len(values) != self.dim:
+            reason = f"{len(values)} numbers where this run has {self.dim}"
+        elif not np.isfinite(vector).all():
+            reason = "a number beyond the range of float32"
+        elif not vector.any():
+            reason = "all zeros, so its cosine is undefined"
+        if reason:
+            raise InputError(reason, file=line.file, line=line.number, field=name, remedy=_FIX)
+        return vector
+
+    def _check_key(self, row: Candidate, line: _Line) -> None:
+        if first := self.seen.get((row.query_id, row.id)):
+            raise InputError(
+                f"({row.query_id!r}, {row.id!r}) was there already on {first}",
+                file=line.file, line=line.number, field="id", remedy=_FIX,
+            )  # fmt: skip
+
+    def _check_query(self, row: Candidate, text: np.ndarray | None, line: _Line) -> None:
+        """What belongs to the query must be the same on each of its lines."""
+        facts = {
+            "query": row.query,
+            "domain": row.domain,
+            "constraints": row.constraints,
+            "text_embedding": None if text is None else text.tobytes(),
+        }
+        place, first = self.queries.setdefault(row.query_id, (f"line {line.number}", facts))
+        for field, value in facts.items():
+            if value != first[field]:
+                raise InputError(
+                    f"differs from what query {row.query_id!r} had on {place}",
+                    file=line.file, line=line.number, field=field, remedy=_FIX,
+                )  # fmt: skip
+
+    def _append(self, row: Candidate, vectors: dict[str, np.ndarray | None], line: _Line) -> None:
+        put = lambda name, value: self.columns[name].append(value)
+        for name in KEYS:
+            put(name, getattr(row, name))
+        put("constraints", None if row.constraints is None else json.dumps(row.constraints, sort_keys=True))
+        for name in ATTRIBUTES:
+            if name not in ("strong_conflicts", "soft_conflicts"):
+                put(name, getattr(row, name))
+        for severity in ("strong", "soft"):
+            found = row.conflicts
+            put(f"{severity}_conflicts",
+                None if found is None else float(sum(c.severity == severity for c in found)))  # fmt: skip
+        put("conflicts", None if row.conflicts is None else msgspec.to_builtins(row.conflicts))
+        put("dual_score", row.dual_score)
+        review = row.review
+        put("review_compliance", review and review.compliance)
+        put("review_conflict", review and review.conflict)
+        put("review_conflict_types", review and review.conflict_types)
+        put("file", pathlib.Path(line.file).name)
+        put("line", line.number)
+        for name, vector in vectors.items():
+            self.vectors[name].append(vector)
+
+    def table(self) -> pa.Table:
+        types: dict[str, pa.DataType] = {name: pa.string() for name in (*KEYS, "constraints")}
+        types |= {name: pa.float64() for name in (*ATTRIBUTES, "dual_score", "review_compliance")}
+        types |= {"conflicts": pa.list_(_CONFLICT), "review_conflict": pa.int8(),
+                  "review_conflict_types": pa.list_(pa.string()),
+                  "file": pa.string(), "line": pa.int64(), "line_json": pa.binary()}  # fmt: skip
+        columns = {name: pa.array(values, types[name]) for name, values in self.columns.items()}
+        for name, vectors in self.vectors.items():
+            columns[name] = _vectors_to_arrow(vectors, self.dim or 1)
+        return _fill_clip_score(pa.table(columns))
+
+
+def _vectors_to_arrow(vectors: list[np.ndarray | None], dim: int) -> pa.Array:
+    absent = np.zeros(dim, np.float32)
+    flat = np.concatenate([absent if v is None else v for v in vectors])
+    mask = pa.array(np.array([v is None for v in vectors]))
+    return pa.FixedSizeListArray.from_arrays(pa.array(flat), dim, mask=mask)
+
+
+def embedding_matrix(table: pa.Table, name: str) -> np.ndarray:
+    """[N, d] float32 of an embedding column; NaN rows where a line had none."""
+    array = table[name].combine_chunks()
+    if isinstance(array, pa.ChunkedArray):
+        array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], array.type)
+    dim = array.type.list_size
+    missing = np.asarray(array.is_null())
+    values = np.asarray(array.values)[array.offset * dim : (array.offset + len(array)) * dim]
+    matrix = values.astype(np.float32, copy=True).reshape(-1, dim)
+    matrix[missing] = np.nan
+    return matrix
+
+
+def _fill_clip_score(table: pa.Table) -> pa.Table:
+    """`clip_score` is the cosine of the two embeddings where a line does not state it."""
+    image, text = embedding_matrix(table, "image_embedding"), embedding_matrix(table, "text_embedding")
+    norms = np.linalg.norm(image, axis=1) * np.linalg.norm(text, axis=1)
+    cosine = np.einsum("nd,nd->n", image, text, dtype=np.float64) / norms
+    given = table["clip_score"].to_numpy(zero_copy_only=False)
+    score = np.where(np.isnan(given), cosine, given)
+    column = pa.array(score, pa.float64(), mask=np.isnan(score))
+    return table.set_column(table.column_names.index("clip_score"), "clip_score", column)
+
+
+def read_run(
+    path: str | pathlib.Path,
+    *,
+    quarantine: pathlib.Path | None = None,
+    keep_lines: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> Reading:
+    """Reads a whole run, validated, as one Arrow table with a row per candidate.
+
+    A bad line raises InputError, or with `quarantine` is written there with its reason and counted.
+    `keep_lines` adds the column `line_json`: the line as it came, without its embeddings.
+    """
+    run = find_run(path)
+    reader = _Reader(run.manifest.embedding_dim if run.manifest else None, keep_lines)
+    bad: list[tuple[_Line, InputError]] = []
+    for line in read_lines(run, progress):
+        try:
+            reader.add(line)
+        except InputError as error:
+            if quarantine is None:
+                raise
+            bad.append((line, error))
+    if quarantine is not None and bad:
+        _write_quarantine(quarantine, bad)
+    if not reader.seen:
+        aside = f" ({len(bad)} lines in quarantine)" if bad else ""
+        raise InputError(f"the run has no candidates{aside}", file=run.path)
+    if run.manifest:
+        _check_manifest(run, reader.seen.keys(), [line for line, _ in bad])
+    return Reading(reader.table(), _summarise(run, reader, bad, quarantine))
+
+
+def _summarise(
+    run: Run, reader: _Reader, bad: list, quarantine: pathlib.Path | None
+) -> dict[str, Any]:
+    absent = [name for name, values in reader.columns.items()
+              if name in ATTRIBUTES and all(v is None for v in values)]  # fmt: skip
+    absent += [name for name, vectors in reader.vectors.items() if all(v is None for v in vectors)]
+    return {
+        "input": str(run.path),
+        "shards": [shard.name for shard in run.shards],
+        "manifest": msgspec.structs.asdict(run.manifest) | {"items_by_stage": {
+            stage: len(items) for stage, items in run.manifest.items_by_stage.items()
+        }} if run.manifest else None,
+        "rows": len(reader.seen),
+        "queries": len(reader.queries),
+        "embedding_dim": reader.dim,
+        "unknown_fields": dict(sorted(reader.unknown.items())),
+        "absent_fields": sorted(absent),
+        "quarantined": len(bad),
+        "quarantine": str(quarantine) if bad else None,
+    }  # fmt: skip
+
+
+def _write_quarantine(path: pathlib.Path, bad: list[tuple[_Line, InputError]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "wb") as out:
+        for line, error in bad:
+            record: dict[str, Any] = {
+                "file": line.file, "line": line.number, "field": error.field, "reason": error.reason,
+            }  # fmt: skip
+            try:
+                record["content"] = line.content.decode().rstrip("\n")
+            except UnicodeDecodeError:
+                record["content_base64"] = base64.b64encode(line.content).decode()
+            out.write(msgspec.json.encode(record) + b"\n")
+
+
+def _key_of_bad(line: _Line) -> tuple[str, str] | None:
+    """(query_id, id) of a quarantined line, as far as it can be read."""
+    try:
+        fields = _split_fields(line.content)
+        keys = {k: msgspec.json.decode(fields[k], type=str)
+                for k in ("query", "query_id", "id", "canonical_id", "url") if k in fields}  # fmt: skip
+        row = Candidate(**({"query": keys.get("query_id", "?")} | keys))
+    except (msgspec.MsgspecError, UnicodeDecodeError, ValueError):
+        return None
+    return str(row.query_id), str(row.id)
+
+
+def _check_manifest(run: Run, present: Any, bad: list[_Line]) -> None:
+    """The manifest's scored items and the lines must be the same; quarantined lines are present."""
+    assert run.manifest
+    listed = run.manifest.items_by_stage["scored"]
+    known = [key for key in map(_key_of_bad, bad) if key]
+    pairs = {f"{query}/{item}" for query, item in (*present, *known)}
+    ids = {item for _, item in (*present, *known)}
+    # Items are named `query_id/id` or `id` alone; the form with fewer strangers is the one meant.
+    found = min((pairs, ids), key=lambda items: len(items ^ set(listed)))
+    missing, extra = set(listed) - found, found - set(listed)
+    if extra or len(missing) > len(bad) - len(known) or len(set(listed)) != len(listed):
+        example = min(extra) if extra else min(missing) if missing else "a name listed twice"
+        state = "only in the lines" if extra else "only in the manifest" if missing else "in the list"
+        raise InputError(
+            f"the manifest lists {len(listed)} scored items, the lines have {len(found)}; "
+            f"first example {state}: {example!r}",
+            file=run.path / "manifest.json",
+            field="items_by_stage.scored",
+            remedy="The run is incomplete or mixed up: have Step 4 write it again",
+        )

@@ -1,0 +1,96 @@
+"""Splits without leakage: a keyed hash sends each picture and each query to one split."""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+SPLITS = ("train", "validation", "test")
+DROPPED = -1
+METHODS = ("auto", "strict", "components")
+# Components are "small enough" when the largest holds at most this share of the rows: then the
+# realised fractions stay close to the wanted ones.
+LARGEST_COMPONENT = 0.05
+
+
+def unit_hash(kind: str, ids: Sequence[str], salt: str) -> np.ndarray:
+    """[N] float64 in [0, 1): a keyed blake2b hash, the same on every machine and in any order."""
+    key = hashlib.blake2b(salt.encode(), digest_size=32).digest()
+    digest = lambda item: hashlib.blake2b(
+        item.encode(), digest_size=8, key=key, person=kind.encode()[:16]
+    ).digest()
+    words = np.frombuffer(b"".join(map(digest, ids)), ">u8")
+    return (words >> 11).astype(np.float64) / 2.0**53
+
+
+def choose(unit: np.ndarray, fractions: Sequence[float]) -> np.ndarray:
+    """[N] index of the part that each number in [0, 1) falls into; parts have the given sizes."""
+    return np.searchsorted(np.cumsum(fractions)[:-1], unit, side="right")
+
+
+def parse_fractions(words: Sequence[str]) -> tuple[float, ...]:
+    """Train, validation and test shares, each ≥ 0, adding up to 1; raises ValueError otherwise."""
+    try:
+        shares = tuple(float(word) for word in words)
+        fine = len(shares) == 3 and min(shares) >= 0 and shares[0] > 0 and abs(sum(shares) - 1) < 1e-6
+    except ValueError:
+        fine = False
+    if not fine:
+        raise ValueError(
+            f"--fractions={','.join(words)}: expected train,validation,test, each at least 0, "
+            "train above 0, adding up to 1, e.g. 0.7,0.15,0.15"
+        )
+    return shares
+
+
+def split_rows(
+    query_ids: np.ndarray,
+    canonical_ids: np.ndarray,
+    fractions: Sequence[float],
+    salt: str,
+    method: str = "auto",
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """[N] split of each row (index into SPLITS, or DROPPED) and what the choice cost.
+
+    `strict` hashes queries and pictures apart and drops a row whose two splits differ;
+    `components` keeps connected components of shared queries and pictures whole and drops nothing;
+    `auto` takes components where all of them are small, else strict.
+    """
+    queries, query = np.unique(query_ids, return_inverse=True)
+    pictures, picture = np.unique(canonical_ids, return_inverse=True)
+    component = _components(query, picture, len(queries), len(pictures))
+    largest = float(np.bincount(component).max() / len(query))
+    if method == "auto":
+        method = "components" if largest <= LARGEST_COMPONENT else "strict"
+    unit = unit_hash("canonical_id", pictures, salt)
+    if method == "components":
+        # A component goes where its smallest hash goes: independent of the order of rows.
+        smallest = np.full(component.max() + 1, np.inf)
+        np.minimum.at(smallest, component, unit[picture])
+        # The smallest of n uniform numbers is not uniform: hash it once more.
+        split = choose(unit_hash("component", [f"{u:.17g}" for u in smallest], salt), fractions)[
+            component
+        ]
+    else:
+        by_query = choose(unit_hash("query_id", queries, salt), fractions)[query]
+        by_picture = choose(unit, fractions)[picture]
+        split = np.where(by_query == by_picture, by_query, DROPPED)
+    dropped = int((split == DROPPED).sum())
+    return split, {
+        "method": method,
+        "fractions": list(fractions),
+        "salt": salt,
+        "rows_dropped": dropped,
+        "share_dropped": dropped / len(split),
+        "largest_component_share": largest,
+    }
+
+
+def _components(query: np.ndarray, picture: np.ndarray, queries: int, pictures: int) -> np.ndarray:
+    """[N] connected component of each row in the bipartite graph of queries and pictures."""
+    nodes = queries + pictures
+    edges = coo_array((np.ones(len(query), np.int8), (query, queries + picture)), (nodes, nodes))
+    return connected_components(edges.tocsr(), directed=False)[1][query]

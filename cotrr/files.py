@@ -1,0 +1,49 @@
+"""Writing files so that a reader never sees half of one."""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+
+@contextlib.contextmanager
+def replacing(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
+    """A temporary name beside `path` to write to; it takes `path`'s place when all went well."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | pathlib.Path, value: Any) -> None:
+    """Writes JSON; an undefined number (NaN, infinity) becomes null."""
+    with replacing(path) as temporary:
+        text = json.dumps(finite(value), indent=1, ensure_ascii=False, allow_nan=False)
+        temporary.write_text(text + "\n")
+
+
+def finite(value: Any) -> Any:
+    """The value with NumPy scalars as Python's and non-finite numbers as None, for JSON."""
+    if isinstance(value, dict):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    if hasattr(value, "tolist"):
+        return finite(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def sha256(path: str | pathlib.Path) -> str:
+    """Hexadecimal SHA-256 of a file's bytes."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
