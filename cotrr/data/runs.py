@@ -8,7 +8,7 @@ import math
 import pathlib
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
 import msgspec
@@ -204,7 +204,8 @@ class _Reader:
             return None
         if self.dim is None:
             self.dim = len(values)
-        vector = np.asarray(values, np.float32)
+        with np.errstate(over="ignore"):
+            vector = np.asarray(values, np.float32)
         reason = None
         if len(values) != self.dim:
             reason = f"{len(values)} numbers where this run has {self.dim}"
@@ -379,29 +380,35 @@ def _key_of_bad(line: _Line) -> tuple[str, str] | None:
         fields = _split_fields(line.content)
         keys = {k: msgspec.json.decode(fields[k], type=str)
                 for k in ("query", "query_id", "id", "canonical_id", "url") if k in fields}  # fmt: skip
-        row = Candidate(**({"query": keys.get("query_id", "?")} | keys))
-    except (msgspec.MsgspecError, UnicodeDecodeError, ValueError):
+        row = Candidate(**({"query": keys["query_id"]} | keys if "query_id" in keys else keys))
+    except (TypeError, msgspec.MsgspecError, UnicodeDecodeError, ValueError):
         return None
     return str(row.query_id), str(row.id)
 
 
-def _check_manifest(run: Run, present: Any, bad: list[_Line]) -> None:
-    """The manifest's scored items and the lines must be the same; quarantined lines are present."""
+def _check_manifest(run: Run, rows: Collection[tuple[str, str]], bad: list[_Line]) -> None:
+    """The manifest's scored items and the lines must agree; a quarantined line counts as present."""
     assert run.manifest
     listed = run.manifest.items_by_stage["scored"]
-    known = [key for key in map(_key_of_bad, bad) if key]
-    pairs = {f"{query}/{item}" for query, item in (*present, *known)}
-    ids = {item for _, item in (*present, *known)}
+    aside = [key for key in map(_key_of_bad, bad) if key]
+    unreadable = len(bad) - len(aside)
     # Items are named `query_id/id` or `id` alone; the form with fewer strangers is the one meant.
-    found = min((pairs, ids), key=lambda items: len(items ^ set(listed)))
-    missing, extra = set(listed) - found, found - set(listed)
-    if extra or len(missing) > len(bad) - len(known) or len(set(listed)) != len(listed):
-        example = min(extra) if extra else min(missing) if missing else "a name listed twice"
-        state = "only in the lines" if extra else "only in the manifest" if missing else "in the list"
-        raise InputError(
-            f"the manifest lists {len(listed)} scored items, the lines have {len(found)}; "
-            f"first example {state}: {example!r}",
-            file=run.path / "manifest.json",
-            field="items_by_stage.scored",
-            remedy="The run is incomplete or mixed up: have Step 4 write it again",
-        )
+    forms = (lambda key: "/".join(key), lambda key: key[1])
+    name = min(forms, key=lambda form: len({form(key) for key in rows} ^ set(listed)))
+    found = {name(key) for key in rows}
+    extra, missing = found - set(listed), set(listed) - found - {name(key) for key in aside}
+    if extra:
+        example, state = min(extra), "only in the lines"
+    elif len(missing) > unreadable:
+        example, state = min(missing), "only in the manifest"
+    elif len(set(listed)) < len(listed):
+        example, state = collections.Counter(listed).most_common(1)[0][0], "listed twice"
+    else:
+        return
+    raise InputError(
+        f"the manifest lists {len(listed)} scored items, the lines have {len(found)}; "
+        f"first example {state}: {example!r}",
+        file=run.path / "manifest.json",
+        field="items_by_stage.scored",
+        remedy="The run is incomplete or mixed up: have Step 4 write it again",
+    )
