@@ -5,7 +5,7 @@ import sys
 from collections.abc import Collection
 from typing import Any, TypeVar
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from cotrr.data.contract import InputError
 
@@ -49,4 +49,5 @@ def launch(main: Any, define_flags: Any) -> None:
             sys.exit(2)
 
     define_flags()
+    flags.FLAGS.set_default("verbosity", logging.WARNING)  # libraries tell a lot at INFO
     app.run(guarded)

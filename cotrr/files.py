@@ -6,7 +6,8 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 
@@ -47,3 +48,13 @@ def sha256(path: str | pathlib.Path) -> str:
     """Hexadecimal SHA-256 of a file's bytes."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def remove(folder: str | pathlib.Path, names: Iterable[str]) -> None:
+    """Removes files and folders of these names, where they are."""
+    for name in names:
+        path = pathlib.Path(folder) / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)

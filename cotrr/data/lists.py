@@ -27,6 +27,7 @@ class Lists(NamedTuple):
     y: np.ndarray  # [Q, n] float32
     compliance: np.ndarray  # [Q, n] float32
     conflict: np.ndarray  # [Q, n] float32
+    dual_score: np.ndarray  # [Q, n] float32: Step 4's fused score, a baseline and never a feature
     row: np.ndarray  # [Q, n] int64: row of the table, -1 where padded
     where: np.ndarray  # [Q, n] bool
 
@@ -34,6 +35,11 @@ class Lists(NamedTuple):
     def labelled(self) -> np.ndarray:
         """[Q, n] bool: candidates that have a label."""
         return self.where & ~np.isnan(self.y)
+
+    def take(self, queries: np.ndarray) -> "Lists":
+        """The lists of some queries, by index."""
+        pick = lambda part: tuple(part[q] for q in queries) if isinstance(part, tuple) else part[queries]
+        return Lists(*map(pick, self))
 
 
 def to_lists(table: pa.Table, label: str | None = None) -> Lists:
@@ -61,6 +67,7 @@ def to_lists(table: pa.Table, label: str | None = None) -> Lists:
         image=np.where(where[..., None], image[row], np.nan),
         attributes=np.stack([take(numbers(table, name)) for name in ATTRIBUTES], axis=-1),
         **{name: take(values) for name, values in _labels(table, label).items()},
+        dual_score=take(numbers(table, "dual_score")),
         row=row,
         where=where,
     )

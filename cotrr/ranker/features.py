@@ -1,0 +1,221 @@
+"""Features of one query's list, as pure functions of statistics that were fitted on training rows.
+
+`encode` turns words into numbers (NumPy, at the edge); `fit` estimates the statistics;
+`featurize` is for one list, and callers vmap it.
+"""
+
+from collections.abc import Collection
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cotrr.data.contract import ATTRIBUTES, GROUPS
+from cotrr.data.lists import Lists
+
+NAMES = tuple(ATTRIBUTES)
+# Step 4's own rule: its weights of the attributes, in their own units.
+RULE = {"clip_score": 0.2, "compliance_score": 0.7, "conflict_prob": -0.3}
+WINSOR = 4.0  # standardised attributes are held within ± this many deviations
+_CONFLICT_PROB = NAMES.index("conflict_prob")
+
+
+class Vocabulary(NamedTuple):
+    """The words of the training split; a word that is not here has no number of its own."""
+
+    domains: tuple[str, ...]
+    constraints: tuple[str, ...]  # `key` and `key=value`
+
+
+class Encoded(NamedTuple):
+    """One list as numbers, before any statistics; missing is NaN."""
+
+    domain: jax.Array  # [] int32 index into Vocabulary.domains; their number where unseen
+    wants: jax.Array  # [V] float32 multi-hot of Vocabulary.constraints
+    text: jax.Array  # [d]
+    image: jax.Array  # [n, d]
+    attributes: jax.Array  # [n, A] in the order of NAMES
+    where: jax.Array  # [n] bool
+
+
+class Statistics(NamedTuple):
+    """What is fitted on training rows: D domains, A attributes, d → p principal components."""
+
+    mean: jax.Array  # [D + 1, A]; the last row is global, for an unseen domain
+    scale: jax.Array  # [D + 1, A]; infinite where an attribute never varies
+    missing: jax.Array  # [A] share of missing values
+    label_scale: jax.Array  # [D + 1] deviation of y
+    image_mean: jax.Array  # [d]
+    image_axes: jax.Array  # [d, p]
+    text_mean: jax.Array  # [d]
+    text_axes: jax.Array  # [d, p']
+    rule_mean: jax.Array  # []
+    rule_scale: jax.Array  # []
+
+
+class Features(NamedTuple):
+    """Model input of one list of n candidates."""
+
+    query: jax.Array  # [p' + V]: processed once per query
+    image: jax.Array  # [n, p]
+    attributes: jax.Array  # [n, 2A]: standardised, then their missing-value indicators
+    base: jax.Array  # [n, 2]: Step 4's rule, and the logit of its conflict probability
+    where: jax.Array  # [n] bool
+
+
+def vocabulary(lists: Lists) -> Vocabulary:
+    """The domains and constraint words of the lists."""
+    tokens = {token for tokens in lists.constraints for token in tokens}
+    keys = {token.split("=", 1)[0] for token in tokens}
+    return Vocabulary(tuple(sorted(set(lists.domain))), tuple(sorted(tokens | keys)))
+
+
+def encode(lists: Lists, words: Vocabulary) -> Encoded:
+    """The lists' words as numbers: a batch [Q, ...] of `Encoded`."""
+    domains = {name: i for i, name in enumerate(words.domains)}
+    tokens = {name: i for i, name in enumerate(words.constraints)}
+    wants = np.zeros((len(lists.query_id), len(tokens)), np.float32)
+    for row, wanted in enumerate(lists.constraints):
+        for token in {*wanted, *(token.split("=", 1)[0] for token in wanted)} & tokens.keys():
+            wants[row, tokens[token]] = 1
+    domain = np.array([domains.get(name, len(domains)) for name in lists.domain], np.int32)
+    return Encoded(domain, wants, lists.text, lists.image, lists.attributes, lists.where)
+
+
+def group_mask(groups: Collection[str]) -> np.ndarray:
+    """[A] bool: the attributes of the chosen groups; raises ValueError for an unknown group."""
+    if unknown := set(groups) - set(GROUPS):
+        raise ValueError(f"--groups: unknown {sorted(unknown)}, expected some of {','.join(GROUPS)}")
+    return np.array([group in groups for group in ATTRIBUTES.values()])
+
+
+def shrink(estimate: np.ndarray, variance: np.ndarray, centre: np.ndarray) -> np.ndarray:
+    """[D, A] empirical-Bayes estimates: each pulled to `centre` [A] by its own uncertainty.
+
+    The spread between domains is DerSimonian & Laird's (1986) moment estimate; an infinite
+    `variance` (a domain without data) gives the centre itself.
+    """
+    weight = 1 / variance
+    total = np.maximum(weight.sum(axis=0), 1e-300)
+    known = np.where(np.isfinite(variance), estimate - centre, 0.0)
+    excess = (weight * known**2).sum(axis=0) - (np.isfinite(variance).sum(axis=0) - 1)
+    spread = np.maximum(excess, 0) / np.maximum(total - (weight**2).sum(axis=0) / total, 1e-12)
+    keep = np.where(np.isfinite(variance), spread / (spread + variance), 0.0)
+    return centre + keep * known
+
+
+def domain_moments(
+    values: np.ndarray, domain: np.ndarray, domains: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and deviation [D + 1, A] by domain, shrunk to the global ones in the last row.
+
+    `values` [N, A] with NaN for missing, `domain` [N].  An attribute that never varies gets an
+    infinite deviation, so that it standardises to 0 whatever comes later.
+    """
+    there = ~np.isnan(values)
+    sums = lambda x: np.stack([x[domain == d].sum(axis=0) for d in range(domains)])
+    count, x = sums(there.astype(float)), np.where(there, values, 0.0)
+    n = np.maximum(count.sum(axis=0), 1)
+    centre = x.sum(axis=0) / n
+    total = (np.where(there, (values - centre) ** 2, 0.0)).sum(axis=0) / n
+    varies = total > 1e-12 * np.maximum(centre**2, 1e-12)
+    total = np.where(varies, total, 1.0)
+    mean = sums(x) / np.maximum(count, 1)
+    within = np.where(there, (values - mean[domain]) ** 2, 0.0)
+    variance = np.maximum(sums(within) / np.maximum(count - 1, 1), 1e-3 * total)
+    enough = count > 1
+    mean = shrink(mean, np.where(enough, total / np.maximum(count, 1), np.inf), centre)
+    log_scale = shrink(
+        np.log(variance), np.where(enough, 2 / np.maximum(count - 1, 1), np.inf), np.log(total)
+    )
+    scale = np.where(varies, np.exp(log_scale / 2), np.inf)
+    everyone = np.where(varies, np.sqrt(total), np.inf)
+    return np.vstack([mean, centre]), np.vstack([scale, everyone])
+
+
+def principal_axes(
+    vectors: np.ndarray, components: int, size: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean [d] and the leading axes [d, p] of `vectors` [N, d] (NaN rows left out).
+
+    The axes keep their proportions; together they are scaled so that the projections of `vectors`
+    have the root mean square `size`: how much the penalty lets them count.
+    """
+    vectors = vectors[~np.isnan(vectors).any(axis=1)].astype(np.float64)
+    if not vectors.size or not components:
+        return np.zeros(vectors.shape[1]), np.zeros((vectors.shape[1], 0))
+    mean = vectors.mean(axis=0)
+    _, values, axes = np.linalg.svd(vectors - mean, full_matrices=False)
+    kept = values[:components] > 1e-6 * max(values[0], 1e-12)
+    deviation = values[:components][kept] / np.sqrt(len(vectors))
+    axes = axes[:components][kept].T
+    return mean, axes * size / np.sqrt(np.mean(deviation**2)) if kept.any() else axes
+
+
+class Settings(NamedTuple):
+    """How the embeddings become features."""
+
+    image_components: int
+    text_components: int
+    image_size: float
+    text_size: float
+
+
+def fit(lists: Lists, words: Vocabulary, settings: Settings) -> Statistics:
+    """The statistics of training lists, and of nothing else."""
+    where = lists.where
+    domain = np.broadcast_to(encode(lists, words).domain[:, None], where.shape)[where]
+    values = lists.attributes[where].astype(np.float64)
+    domains = len(words.domains)
+    mean, scale = domain_moments(values, domain, domains)
+    _, label_scale = domain_moments(lists.y[where].astype(np.float64)[:, None], domain, domains)
+    images = np.unique(lists.image[where], axis=0)
+    texts = np.unique(lists.text, axis=0)
+    rule = rule_score(np.where(np.isnan(values), mean[domain], values), NAMES)
+    fitted = Statistics(
+        mean, scale, np.isnan(values).mean(axis=0),
+        np.where(np.isfinite(label_scale[:, 0]), label_scale[:, 0], 1.0),
+        *principal_axes(images, settings.image_components, settings.image_size),
+        *principal_axes(texts, settings.text_components, settings.text_size),
+        rule.mean(), np.maximum(rule.std(), 1e-6),
+    )  # fmt: skip
+    return Statistics(*(np.asarray(value, np.float32) for value in fitted))
+
+
+def rule_score(attributes: jax.Array, names: Collection[str]) -> jax.Array:
+    """[...] Step 4's rule from attributes [..., A] in their own units, its terms in `names` alone."""
+    weights = np.array([RULE.get(name, 0.0) if name in names else 0.0 for name in NAMES], np.float32)
+    return attributes @ weights
+
+
+def fill(statistics: Statistics, encoded: Encoded) -> jax.Array:
+    """[n, A] attributes in their own units; a missing value is its domain's training mean."""
+    mean = jnp.asarray(statistics.mean)[encoded.domain]
+    return jnp.where(jnp.isnan(encoded.attributes), mean, encoded.attributes)
+
+
+def featurize(statistics: Statistics, encoded: Encoded, mask: jax.Array) -> Features:
+    """Model input of one list; attributes outside `mask` [A] bool are taken out everywhere.
+
+    Without the clip group (its `clip_score` masked) the embeddings are out as well.
+    """
+    statistics = jax.tree.map(jnp.asarray, statistics)
+    mean, scale = statistics.mean[encoded.domain], statistics.scale[encoded.domain]
+    raw = jnp.where(mask, fill(statistics, encoded), mean)
+    standard = jnp.clip((raw - mean) / scale, -WINSOR, WINSOR)
+    varies = (statistics.missing > 0) & (statistics.missing < 1)
+    indicator = jnp.where(mask & varies, jnp.isnan(encoded.attributes) - statistics.missing, 0.0)
+    base = (rule_score(raw, NAMES) - statistics.rule_mean) / statistics.rule_scale
+    probability = jnp.clip(raw[:, _CONFLICT_PROB], 0.01, 0.99)
+    inside = lambda values: jnp.where(encoded.where[:, None], values, 0.0)
+    project = lambda x, centre, axes: jnp.nan_to_num(x - centre) @ axes
+    image = project(encoded.image, statistics.image_mean, statistics.image_axes)
+    text = project(encoded.text, statistics.text_mean, statistics.text_axes)
+    return Features(
+        query=jnp.concatenate([text, encoded.wants]),
+        image=inside(image * mask[NAMES.index("clip_score")]),
+        attributes=inside(jnp.concatenate([standard, indicator], axis=1)),
+        base=inside(jnp.stack([base, jax.scipy.special.logit(probability)], axis=1)),
+        where=encoded.where,
+    )

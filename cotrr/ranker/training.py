@@ -1,0 +1,253 @@
+"""Training as pure functions: many lanes (folds × members) are one vmapped, compiled program.
+
+All lanes see the same batches of queries; each has its own parameters, its own mask of the rows it
+may learn from, and its own held-out rows, which together decide the best epoch.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from cotrr.config import setting
+from cotrr.data.lists import Lists
+from cotrr.data.splits import unit_hash
+from cotrr.ranker import losses, model
+from cotrr.ranker.features import Features
+from cotrr.ranker.model import Params, Reranker, Scores
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Settings of a training run; each is a flag."""
+
+    seed: int = setting(0, "Seed of parameters, batches and dropout.")
+    folds: int = setting(5, "Cross-validation folds over train and validation together; 0 validates "
+                            "on the validation split.")  # fmt: skip
+    members: int = setting(1, "Ensemble members (and as many lanes per fold).")
+    groups: str = setting("clip,so,conflict", "Feature groups to use.")
+    image_components: int = setting(64, "Principal components of the image embeddings.")
+    text_components: int = setting(16, "Principal components of the text embeddings.")
+    image_size: float = setting(0.6, "Root mean square of the image components: smaller, and the "
+                                     "penalty holds them tighter.")  # fmt: skip
+    text_size: float = setting(0.1, "Root mean square of the text components.")
+    hidden: int = setting(0, "Width of the hidden layer; 0 leaves it out.")
+    epochs: int = setting(50, "Passes over the queries, at most.")
+    patience: int = setting(50, "Epochs without a better validation nDCG@10 before training stops.")
+    batch_queries: int = setting(60, "Queries per step.")
+    learning_rate: float = setting(1e-2, "Peak learning rate (Adam, cosine schedule).")
+    penalty: float = setting(0.01, "L2 penalty: this times the sum of squared weights.")
+    dropout: float = setting(0.0, "Dropout of the hidden layer.")
+    pair_power: float = setting(0.0, "A pair weighs |Δy| to this power; 0 is plain RankNet.")
+    margin: float = setting(0.0, "Score margin beyond which a pair counts as right.")
+    pointwise_weight: float = setting(1.0, "Weight of the cross-entropy of the score to y, which "
+                                           "makes scores comparable across queries.")  # fmt: skip
+    conflict_weight: float = setting(0.5, "Weight of the conflict head's cross-entropy.")
+
+
+class Hyperparameters(NamedTuple):
+    """The settings that are numbers to a compiled program: lanes may differ in them."""
+
+    learning_rate: jax.Array | float
+    penalty: jax.Array | float
+    dropout: jax.Array | float
+    pair_power: jax.Array | float
+    margin: jax.Array | float
+    pointwise_weight: jax.Array | float
+    conflict_weight: jax.Array | float
+
+
+class Examples(NamedTuple):
+    """Q lists as the trainer sees them."""
+
+    features: Features  # [Q, ...]
+    y: jax.Array  # [Q, n]
+    gap: jax.Array  # [Q, n] y in deviations of its domain: RankNet's labels
+    conflict: jax.Array  # [Q, n] 0 or 1, or a probability where silver
+
+
+class Lanes(NamedTuple):
+    """Which rows each of L lanes learns from, and which it is validated on."""
+
+    train: np.ndarray  # [L, Q, n] bool
+    held_out: np.ndarray  # [L, Q, n] bool; a final member with folds holds out nothing
+    final: np.ndarray  # [L] bool: the members whose mean is the score
+
+
+class State(NamedTuple):
+    """Everything that changes during training; parameters have a leading axis of L lanes."""
+
+    params: Params
+    optimizer: Any
+    best_params: Params  # of the epoch with the best mean validation metric
+    best: jax.Array  # [] that metric
+    best_epoch: jax.Array  # [] counted from 1
+
+
+def hyperparameters(config: TrainConfig) -> Hyperparameters:
+    """The traced numbers of a config."""
+    return Hyperparameters(*(getattr(config, name) for name in Hyperparameters._fields))
+
+
+def make_lanes(
+    lists: Lists, canonical_id: np.ndarray, validation: np.ndarray, config: TrainConfig
+) -> Lanes:
+    """Rows by lane; `canonical_id` [Q, n] object, `validation` [Q] bool: queries of that split.
+
+    With folds, lane k holds out the labelled rows whose query and picture are both in fold k and
+    learns from those where neither is (folds go by keyed hashes, like splits); behind them stand
+    the final members, which learn from every row.  Without folds all lanes are final members and
+    hold out the validation split.
+    """
+    labelled = lists.labelled
+    if not config.folds:
+        train, held_out = [labelled & ~validation[:, None]], [labelled & validation[:, None]]
+    else:
+        fold = lambda kind, ids: (unit_hash(kind, ids, "folds") * config.folds).astype(int)
+        by_query = fold("query_id", lists.query_id)[:, None]
+        by_picture = np.full(lists.where.shape, -1)
+        by_picture[lists.where] = fold("canonical_id", canonical_id[lists.where])
+        folds = range(config.folds)
+        train = [labelled & (by_query != k) & (by_picture != k) for k in folds] + [labelled]
+        held_out = [labelled & (by_query == k) & (by_picture == k) for k in folds]
+        held_out += [np.zeros_like(labelled)]
+    final = np.arange(len(train)) == len(train) - 1
+    return Lanes(*(np.repeat(np.stack(part), config.members, axis=0)
+                   for part in (train, held_out, final)))  # fmt: skip
+
+
+def list_loss(
+    scores: Scores, example: Examples, where: jax.Array, hparams: Hyperparameters
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Loss of one list and its parts; `where` [n] are the rows to learn from."""
+    label = lambda values: jnp.where(where, values, 0.0)
+    conflict = where & ~jnp.isnan(example.conflict)
+    parts = {
+        "ranknet": losses.ranknet(
+            scores.rank, label(example.gap), where=where, margin=hparams.margin, power=hparams.pair_power
+        ),
+        "pointwise": losses.cross_entropy(scores.rank, label(example.y), where=where),
+        "conflict": losses.cross_entropy(
+            scores.conflict, jnp.where(conflict, example.conflict, 0.0), where=conflict
+        ),
+    }
+    total = (
+        parts["ranknet"]
+        + hparams.pointwise_weight * parts["pointwise"]
+        + hparams.conflict_weight * parts["conflict"]
+    )
+    return total, parts | {"total": total}
+
+
+class Trainer(NamedTuple):
+    """The two pure functions of a training run."""
+
+    init: Callable[[jax.Array], State]
+    epoch: Callable[[State, jax.Array, jax.Array], tuple[State, dict[str, jax.Array]]]
+
+
+def make_train(
+    config: TrainConfig, examples: Examples, lanes: Lanes, metric: Callable[..., jax.Array]
+) -> Trainer:
+    """Does the static work; returns `init(key) → State` and `epoch(state, key, number) → …`.
+
+    `metric(scores [n], y [n], where=[n])` of the held-out lists decides which epoch is best (NaN: the
+    list does not count).  `key` stays the same for the whole run: whatever is random in an epoch is keyed by its number,
+    so that a resumed run goes on exactly as it would have.  Metrics are [L] arrays by name.
+    """
+    network = Reranker(hidden=config.hidden)
+    queries, count = examples.y.shape[0], lanes.train.shape[0]
+    batch = min(config.batch_queries, queries)
+    steps = queries // batch
+    hparams = hyperparameters(config)
+    train_rows, held_out = jnp.asarray(lanes.train), jnp.asarray(lanes.held_out)
+
+    def optimizer(hparams: Hyperparameters) -> optax.GradientTransformation:
+        total = steps * config.epochs
+        schedule = optax.warmup_cosine_decay_schedule(0.0, 1.0, max(total // 20, 1), max(total, 2), 0.02)
+        return optax.chain(
+            optax.clip_by_global_norm(5.0),
+            optax.scale_by_adam(b2=0.99),
+            optax.scale_by_learning_rate(lambda step: hparams.learning_rate * schedule(step)),
+        )
+
+    def loss(params: Params, key: jax.Array, lists: Examples, where: jax.Array) -> Any:
+        def one(key: jax.Array, example: Examples, where: jax.Array) -> Any:
+            scores = network.apply(params, example.features, hparams.dropout, rngs={"dropout": key})
+            return list_loss(scores, example, where, hparams)
+
+        _, parts = jax.vmap(one)(jax.random.split(key, batch), lists, where)
+        learned = jnp.any(where, axis=1).astype(jnp.float32)
+        parts = {name: losses.masked_mean(part, learned) for name, part in parts.items()}
+        parts["penalty"] = hparams.penalty * model.squared_norm(params)
+        parts["total"] = parts["total"] + parts["penalty"]
+        return parts["total"], parts
+
+    def init(key: jax.Array) -> State:
+        def one(key: jax.Array) -> tuple[Params, Any]:
+            first = jax.tree.map(lambda value: value[0], examples.features)
+            params = network.init(key, first)
+            return params, optimizer(hparams).init(params)
+
+        params, opt = jax.vmap(one)(jax.random.split(jax.random.fold_in(key, 0), count))
+        return State(params, opt, params, jnp.array(-jnp.inf), jnp.array(0))
+
+    def step(params: Params, state: Any, key: jax.Array, lists: Examples, where: jax.Array) -> Any:
+        (_, parts), gradient = jax.value_and_grad(loss, has_aux=True)(params, key, lists, where)
+        updates, state = optimizer(hparams).update(gradient, state, params)
+        norms = {"gradient_norm": optax.global_norm(gradient), "update_norm": optax.global_norm(updates)}
+        return optax.apply_updates(params, updates), state, parts | norms
+
+    def validate(params: Params, where: jax.Array) -> jax.Array:
+        scores = jax.vmap(partial(network.apply, params))(examples.features).rank
+        y = jnp.where(where, examples.y, 0.0)
+        return jnp.nanmean(jax.vmap(metric)(scores, y, where=where))
+
+    @jax.jit
+    def epoch(state: State, key: jax.Array, number: jax.Array) -> tuple[State, dict[str, jax.Array]]:
+        key = jax.random.fold_in(jax.random.fold_in(key, 1), number)
+        order_key, drop_key = jax.random.split(key)
+        order = jax.random.permutation(order_key, queries)[: steps * batch].reshape(steps, batch)
+
+        def one(carry: Any, at: tuple[jax.Array, jax.Array]) -> Any:
+            chosen, key = at
+            lists = jax.tree.map(lambda value: value[chosen], examples)
+            params, opt, metrics = jax.vmap(step, in_axes=(0, 0, 0, None, 0))(
+                *carry, jax.random.split(key, count), lists, train_rows[:, chosen]
+            )
+            return (params, opt), metrics
+
+        carry, metrics = jax.lax.scan(
+            one, (state.params, state.optimizer), (order, jax.random.split(drop_key, steps))
+        )
+        metrics = {name: jnp.mean(values, axis=0) for name, values in metrics.items()}
+        state = state._replace(params=carry[0], optimizer=carry[1])
+        metrics["validation"] = jax.vmap(validate)(state.params, held_out)
+        return _keep_best(state, jnp.nanmean(metrics["validation"]), number + 1), metrics
+
+    return Trainer(jax.jit(init), epoch)
+
+
+def _keep_best(state: State, value: jax.Array, epoch: jax.Array) -> State:
+    """One epoch is chosen for all lanes: the mean over folds is steadier than each alone."""
+    better = value > state.best
+    keep = lambda new, old: jax.tree.map(partial(jnp.where, better), new, old)
+    return state._replace(
+        best_params=keep(state.params, state.best_params),
+        best=jnp.where(better, value, state.best),
+        best_epoch=jnp.where(better, epoch, state.best_epoch),
+    )
+
+
+def make_examples(lists: Lists, features: Features, label_scale: np.ndarray) -> Examples:
+    """What the trainer needs of labelled lists; `label_scale` [Q] is the deviation of y by query.
+
+    Dividing by it normalises y inside its domain: monotone, so no pair changes its order.
+    """
+    return Examples(features, lists.y, lists.y / label_scale[:, None], lists.conflict)
+

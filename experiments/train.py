@@ -1,0 +1,181 @@
+r"""Train CoTRR-lite on a dataset; all ensemble members are lanes of one compiled program.
+
+    python -m experiments.train --data=data/cotrr --workdir=checkpoints/cotrr_lite_v1 \
+        --flagfile=experiments/recipes/cotrr_lite.flags
+
+--quick trains few members for few epochs, to see that everything works.
+"""
+
+import dataclasses
+import json
+import pathlib
+import time
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pyarrow as pa
+from absl import flags
+
+from cotrr import files
+from cotrr.checkpoints import Checkpoints
+from cotrr.config import dataclass_from_flags, flags_from_dataclass, launch
+from cotrr.data import certificate, dataset
+from cotrr.data.contract import InputError
+from cotrr.data.lists import to_lists
+from cotrr.evaluate.metrics import ndcg
+from cotrr.ranker import artifact, fitting
+from cotrr.ranker.training import TrainConfig
+from cotrr.summaries import SummaryWriter
+from experiments.terminal import done, say, warn
+
+FLAGS = flags.FLAGS
+QUICK = {"members": 1, "folds": 3, "epochs": 10}
+
+
+def define_flags() -> None:
+    """Flags of this launcher."""
+    flags.DEFINE_string("data", None, "Dataset folder, from generate_training_data.")
+    flags.DEFINE_string("workdir", None, "Folder for the model, its checkpoints and its logs.")
+    flags.DEFINE_bool("quick", False, "Few members, few epochs.")
+    flags.DEFINE_bool("resume", False, "Go on from the latest checkpoint in the workdir.")
+    flags.DEFINE_integer("checkpoint_every", 20, "Epochs between checkpoints.", lower_bound=1)
+    flags_from_dataclass(TrainConfig)
+    flags.mark_flags_as_required(["data", "workdir"])
+
+
+def main() -> None:
+    """Reads, trains, calibrates, saves."""
+    workdir = pathlib.Path(FLAGS.workdir)
+    config = dataclass_from_flags(TrainConfig)
+    if FLAGS.quick:
+        config = dataclasses.replace(config, **QUICK)
+    passport = dataset.read_certificate(FLAGS.data)
+    for breach in certificate.breaches(passport):
+        warn(breach)
+    setup = fitting.set_up(read_development(FLAGS.data), config, partial(ndcg, k=10))
+    _prepare_workdir(workdir, config)
+    rows = setup.lanes.train.sum(axis=(1, 2))
+    say(f"{len(rows)} lanes, {setup.lanes.final.sum()} of them final, learning from {rows.min():,} to "
+        f"{rows.max():,} of {setup.development.lists.labelled.sum():,} labelled rows")  # fmt: skip
+    with SummaryWriter(workdir / "tensorboard") as writer, Checkpoints(workdir / "checkpoints") as kept:
+        writer.hparams(dataclasses.asdict(config), ("validation/mean",))
+        state = train(setup, workdir, writer, kept)
+        provenance = _provenance(state, passport)
+        model = fitting.finish(setup, state, workdir.name, provenance)
+        artifact.save(model, workdir)
+        _describe(writer, model, state)
+        writer.end_session()
+    done(
+        {"model": f"{workdir}  ({artifact.version(workdir)})", "curves": workdir / "epochs.jsonl",
+         "tensorboard": f"tensorboard --logdir={workdir / 'tensorboard'}"},
+        [f"python -m experiments.evaluate --model={workdir} --data={FLAGS.data} "
+         f"--output=reports/{workdir.name}"],
+    )  # fmt: skip
+
+
+def read_development(folder: str) -> fitting.Development:
+    """The train and validation splits of a dataset as lists."""
+    tables = [dataset.read(folder, name) for name in ("train", "validation")]
+    lists = to_lists(pa.concat_tables(tables))
+    ids = pa.concat_tables(tables)["canonical_id"].to_numpy(zero_copy_only=False)
+    if not lists.labelled.any():
+        raise InputError("no labelled rows to learn from", file=folder, field="review")
+    validation = set(tables[1]["query_id"].to_pylist())
+    canonical_id = np.where(lists.where, ids[lists.row], None)
+    return fitting.Development(lists, canonical_id, np.array([q in validation for q in lists.query_id]))
+
+
+def _prepare_workdir(workdir: pathlib.Path, config: TrainConfig) -> None:
+    """A fresh folder, or with --resume the one that holds a run of the same settings."""
+    path, settings = workdir / "config.json", dataclasses.asdict(config) | {"data": FLAGS.data}
+    if FLAGS.resume and path.exists():
+        if json.loads(path.read_text()) != settings:
+            raise InputError(
+                "this run had other settings", file=path, remedy="Resume with the same flags"
+            )
+    elif path.exists() and not FLAGS.quick:
+        say(f"starting anew in {workdir}")
+    if not FLAGS.resume:
+        files.remove(workdir, ("model.json", "epochs.jsonl", "checkpoints", "tensorboard"))
+    files.write_json(path, settings)
+
+
+def train(setup: fitting.Setup, workdir: pathlib.Path, writer: SummaryWriter, kept: Checkpoints):
+    """Runs epochs until all lanes have stopped; logs each, checkpoints at intervals."""
+    config, trainer = setup.config, setup.trainer
+    key, init_key = jax.random.split(jax.random.key(config.seed))
+    state, first = trainer.init(init_key), 0
+    if (latest := kept.latest()) is not None:
+        state, first = kept.load(latest, state), latest
+        say(f"resuming after epoch {latest}")
+    start = shown = time.monotonic()
+    with open(workdir / "epochs.jsonl", "a") as log:
+        for number in range(first, config.epochs):
+            state, metrics = trainer.epoch(state, key, jnp.asarray(number))
+            metrics = {name: np.asarray(values, np.float64) for name, values in metrics.items()}
+            _check_finite(metrics, number)
+            _log(log, writer, metrics, number + 1)
+            now = time.monotonic()
+            if now - shown > 2 or number + 1 == config.epochs:
+                shown = now
+                left = (now - start) / (number + 1 - first) * (config.epochs - number - 1)
+                say(f"  epoch {number + 1:>4}/{config.epochs}  loss {metrics['total'].mean():.4f}  "
+                    f"validation nDCG@10 {np.nanmean(metrics['validation']):.4f}  {left:.0f} s left")  # fmt: skip
+            if (number + 1) % FLAGS.checkpoint_every == 0 or number + 1 == config.epochs:
+                kept.save(number + 1, state)
+            if number + 1 - int(state.best_epoch) >= config.patience:
+                say(f"  no better epoch since {int(state.best_epoch)}: stopping")
+                break
+    return state
+
+
+def _check_finite(metrics: dict[str, np.ndarray], number: int) -> None:
+    broken = np.flatnonzero(~np.isfinite(metrics["total"]))
+    if len(broken):
+        raise FloatingPointError(
+            f"the loss of lane {broken[0]} is {metrics['total'][broken[0]]} in epoch {number + 1}: "
+            f"--learning_rate={FLAGS.learning_rate} may be too high"
+        )
+
+
+def _log(log, writer: SummaryWriter, metrics: dict[str, np.ndarray], epoch: int) -> None:
+    record = {"epoch": epoch} | {name: values.round(6).tolist() for name, values in metrics.items()}
+    log.write(json.dumps(files.finite(record)) + "\n")
+    log.flush()
+    validation = metrics["validation"]
+    scalars = {f"train/{k}": v.mean() for k, v in metrics.items() if k != "validation"}
+    writer.scalars(scalars | {"validation/mean": np.nanmean(validation),
+                              "validation/worst": np.nanmin(validation),
+                              "validation/best": np.nanmax(validation)}, epoch)  # fmt: skip
+
+
+def _provenance(state, passport: dict) -> dict:
+    labels = passport["labels"]
+    return {
+        "certificate": certificate.digest(passport),
+        "settings": passport["settings"],
+        "labels": labels,
+        "best_epoch": int(state.best_epoch),
+        "validation_ndcg@10": float(state.best),
+    }
+
+
+def _describe(writer: SummaryWriter, model: artifact.Model, state) -> None:
+    writer.text("config", "\n".join(f"    {k}: {v}" for k, v in model.config.items()))
+    for path, value in jax.tree_util.tree_leaves_with_path(model.params):
+        writer.histogram("parameters" + jax.tree_util.keystr(path, simple=True, separator="/"), value, 0)
+    calibration = model.calibration
+    writer.text("calibration", f"    {calibration}")
+    say(f"held-out validation nDCG@10 {float(state.best):.4f} after {int(state.best_epoch)} epochs; "
+        f"95 % interval of y is ± {calibration.radius:.2f}")  # fmt: skip
+
+
+def run() -> None:
+    """Console entry."""
+    launch(main, define_flags)
+
+
+if __name__ == "__main__":
+    run()
