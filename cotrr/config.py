@@ -49,5 +49,5 @@ def launch(main: Any, define_flags: Any) -> None:
             sys.exit(2)
 
     define_flags()
-    flags.FLAGS.set_default("verbosity", logging.WARNING)  # libraries tell a lot at INFO
+    flags.FLAGS.verbosity = logging.WARNING  # libraries tell a lot at INFO; --verbosity=0 shows it
     app.run(guarded)

@@ -193,7 +193,7 @@ def _model_facts(model: artifact.Model) -> dict:
         "members": int(model.final.sum()),
         "lanes": len(model.final),
         "best_epoch": model.provenance["best_epoch"],
-        "validation_ndcg@10": model.provenance["validation_ndcg@10"],
+        "validation_loss": model.provenance["validation_loss"],
         "trained_on_certificate": model.provenance["certificate"],
         "trained_on_labels": model.provenance["labels"],
         "interval_radius": model.calibration.radius,

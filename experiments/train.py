@@ -60,7 +60,7 @@ def main() -> None:
     say(f"{len(rows)} lanes, {setup.lanes.final.sum()} of them final, learning from {rows.min():,} to "
         f"{rows.max():,} of {setup.development.lists.labelled.sum():,} labelled rows")  # fmt: skip
     with SummaryWriter(workdir / "tensorboard") as writer, Checkpoints(workdir / "checkpoints") as kept:
-        writer.hparams(dataclasses.asdict(config), ("validation/mean",))
+        writer.hparams(dataclasses.asdict(config), ("validation/loss", "validation/metric"))
         state = train(setup, workdir, writer, kept)
         provenance = _provenance(state, passport)
         model = fitting.finish(setup, state, workdir.name, provenance)
@@ -121,8 +121,9 @@ def train(setup: fitting.Setup, workdir: pathlib.Path, writer: SummaryWriter, ke
             if now - shown > 2 or number + 1 == config.epochs:
                 shown = now
                 left = (now - start) / (number + 1 - first) * (config.epochs - number - 1)
-                say(f"  epoch {number + 1:>4}/{config.epochs}  loss {metrics['total'].mean():.4f}  "
-                    f"validation nDCG@10 {np.nanmean(metrics['validation']):.4f}  {left:.0f} s left")  # fmt: skip
+                say(f"  epoch {number + 1:>4}/{config.epochs}  loss {metrics['total'].mean():.4f}, on "
+                    f"validation {np.nanmean(metrics['validation_loss']):.4f}, nDCG@10 "
+                    f"{np.nanmean(metrics['validation_metric']):.4f}  {left:.0f} s left")  # fmt: skip
             if (number + 1) % FLAGS.checkpoint_every == 0 or number + 1 == config.epochs:
                 kept.save(number + 1, state)
             if number + 1 - int(state.best_epoch) >= config.patience:
@@ -144,11 +145,8 @@ def _log(log, writer: SummaryWriter, metrics: dict[str, np.ndarray], epoch: int)
     record = {"epoch": epoch} | {name: values.round(6).tolist() for name, values in metrics.items()}
     log.write(json.dumps(files.finite(record)) + "\n")
     log.flush()
-    validation = metrics["validation"]
-    scalars = {f"train/{k}": v.mean() for k, v in metrics.items() if k != "validation"}
-    writer.scalars(scalars | {"validation/mean": np.nanmean(validation),
-                              "validation/worst": np.nanmin(validation),
-                              "validation/best": np.nanmax(validation)}, epoch)  # fmt: skip
+    tag = lambda name: name.replace("_", "/", 1) if name.startswith("validation_") else f"train/{name}"
+    writer.scalars({tag(name): np.nanmean(values) for name, values in metrics.items()}, epoch)
 
 
 def _provenance(state, passport: dict) -> dict:
@@ -158,7 +156,7 @@ def _provenance(state, passport: dict) -> dict:
         "settings": passport["settings"],
         "labels": labels,
         "best_epoch": int(state.best_epoch),
-        "validation_ndcg@10": float(state.best),
+        "validation_loss": float(state.best),
     }
 
 
@@ -168,7 +166,7 @@ def _describe(writer: SummaryWriter, model: artifact.Model, state) -> None:
         writer.histogram("parameters" + jax.tree_util.keystr(path, simple=True, separator="/"), value, 0)
     calibration = model.calibration
     writer.text("calibration", f"    {calibration}")
-    say(f"held-out validation nDCG@10 {float(state.best):.4f} after {int(state.best_epoch)} epochs; "
+    say(f"lowest validation loss {float(state.best):.4f} after {int(state.best_epoch)} epochs; "
         f"95 % interval of y is ± {calibration.radius:.2f}")  # fmt: skip
 
 

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from cotrr.data.contract import InputError
@@ -55,7 +54,7 @@ def set_up(
     mask = features.group_mask(config.groups.split(","))
     inputs = artifact.featurize_all(statistics, encoded, mask)
     examples = training.make_examples(lists, inputs, statistics.label_scale[encoded.domain])
-    trainer = training.make_train(config, jax.tree.map(jnp.asarray, examples), lanes, metric)
+    trainer = training.make_train(config, examples, lanes, metric)
     return Setup(config, development, words, statistics, inputs, lanes, trainer)
 
 
