@@ -186,6 +186,15 @@ def make_batch(simulation: Simulation, catalogue: Catalogue, number: int) -> Bat
     return Batch(rows, labels, verdict.any(axis=1), reviewed, scores)
 
 
+def _truths(batch: Batch) -> list[dict[str, Any]]:
+    """The lines of `truth.jsonl`: each candidate's compliance, free of noise."""
+    noise_free = batch.scores["noise_free"].tolist()
+    return [
+        {"query_id": row["query_id"], "id": row["id"], "compliance": round(true, 6)}
+        for row, true in zip(batch.rows, noise_free, strict=True)
+    ]
+
+
 def _conflicts(rules: Array, confidence: Array) -> list[dict[str, Any]]:
     """The conflicts of one line."""
     return [
@@ -299,6 +308,9 @@ def write_run(
 ) -> dict[str, Any]:
     """Writes a run folder, manifest last; returns its truth. `progress` gets the queries written.
 
+    Beside the run stand `truth.json` (settings, reachable metrics) and `truth.jsonl` (the true
+    compliance of every candidate, to measure regret on any part of the run).
+
     Memory holds the catalogue and one query: lines and the manifest's ids are written as they come.
     """
     folder = pathlib.Path(folder)
@@ -306,10 +318,14 @@ def write_run(
     encoder = msgspec.json.Encoder()
     with replacing(folder / "manifest.json") as unfinished, open(unfinished, "wb") as manifest:
         _begin_manifest(simulation, manifest)
-        with replacing(folder / "scored.jsonl") as path, open(path, "wb") as lines:
+        with (
+            replacing(folder / "scored.jsonl") as path, open(path, "wb") as lines,
+            replacing(folder / "truth.jsonl") as known, open(known, "wb") as truths,
+        ):  # fmt: skip
             for number in range(simulation.queries):
                 batch = make_batch(simulation, catalogue, number)
                 lines.write(encoder.encode_lines(batch.rows))
+                truths.write(encoder.encode_lines(_truths(batch)))
                 ids = [encoder.encode(f"{row['query_id']}/{row['id']}") for row in batch.rows]
                 manifest.write((b",\n" if number else b"") + b",".join(ids))
                 tally.add(batch)
