@@ -13,7 +13,7 @@ class Checkpoints:
 
     def __init__(self, folder: str | pathlib.Path, keep: int = 2):
         self._checkpointer = ocp.training.Checkpointer(
-            pathlib.Path(folder).resolve(),
+            str(pathlib.Path(folder).resolve()),
             preservation_policy=ocp.training.preservation_policies.LatestN(keep),
             cleanup_tmp_directories=True,
         )

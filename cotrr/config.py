@@ -10,7 +10,7 @@ from absl import app, flags, logging
 from cotrr.data.contract import InputError
 
 T = TypeVar("T")
-_DEFINE = {int: flags.DEFINE_integer, float: flags.DEFINE_float,
+_DEFINE: dict[type, Any] = {int: flags.DEFINE_integer, float: flags.DEFINE_float,
            str: flags.DEFINE_string, bool: flags.DEFINE_bool}  # fmt: skip
 
 

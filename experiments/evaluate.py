@@ -164,8 +164,9 @@ def latency(model: artifact.Model, lists: Lists, calls: int = 300) -> dict:
         # Distribution-free interval of a quantile: order statistics at ± 1.96 binomial deviations.
         spread = 1.96 * np.sqrt(calls * share * (1 - share))
         low, high = (int(np.clip(calls * share + s, 0, calls - 1)) for s in (-spread, spread))
-        return {"value": float(np.quantile(ordered, share)), "ci": [float(ordered[low]), float(ordered[high])],
-                "n": calls, "kind": "order statistics"}  # fmt: skip
+        bounds = [float(ordered[low]), float(ordered[high])]
+        value = float(np.quantile(ordered, share))
+        return {"value": value, "ci": bounds, "n": calls, "kind": "order statistics"}
 
     return {"p50_ms": quantile(0.5), "p95_ms": quantile(0.95),
             "engine": f"JAX on {jax.devices()[0].platform}, one query a call",

@@ -83,7 +83,7 @@ def read_development(folder: str) -> fitting.Development:
     if not lists.labelled.any():
         raise InputError("no labelled rows to learn from", file=folder, field="review")
     validation = set(tables[1]["query_id"].to_pylist())
-    canonical_id = np.where(lists.where, ids[lists.row], None)
+    canonical_id = np.where(lists.where, ids[lists.row], "")
     return fitting.Development(lists, canonical_id, np.array([q in validation for q in lists.query_id]))
 
 
@@ -110,7 +110,7 @@ def train(setup: fitting.Setup, workdir: pathlib.Path, writer: SummaryWriter, ke
     if (latest := kept.latest()) is not None:
         state, first = kept.load(latest, state), latest
         say(f"resuming after epoch {latest}")
-    start = shown = time.monotonic()
+    start, shown = time.monotonic(), 0.0
     with open(workdir / "epochs.jsonl", "a") as log:
         for number in range(first, config.epochs):
             state, metrics = trainer.epoch(state, key, jnp.asarray(number))
@@ -118,9 +118,11 @@ def train(setup: fitting.Setup, workdir: pathlib.Path, writer: SummaryWriter, ke
             _check_finite(metrics, number)
             _log(log, writer, metrics, number + 1)
             now = time.monotonic()
-            if now - shown > 2 or number + 1 == config.epochs:
+            if number == first:
+                start = now  # the first epoch waits for the compiler, so it says nothing of the others
+            elif now - shown > 2 or number + 1 == config.epochs:
                 shown = now
-                left = (now - start) / (number + 1 - first) * (config.epochs - number - 1)
+                left = (now - start) / (number - first) * (config.epochs - number - 1)
                 say(f"  epoch {number + 1:>4}/{config.epochs}  loss {metrics['total'].mean():.4f}, on "
                     f"validation {np.nanmean(metrics['validation_loss']):.4f}, nDCG@10 "
                     f"{np.nanmean(metrics['validation_metric']):.4f}  {left:.0f} s left")  # fmt: skip

@@ -136,7 +136,7 @@ def _determines(x: np.ndarray, y: np.ndarray) -> str | None:
     """Whether y is a monotone function of x, or is fixed by x wherever a value of x recurs."""
     if len(np.unique(y)) < 2 or len(np.unique(x)) < 2:
         return None
-    values, group = np.unique(x, return_inverse=True)
+    group = np.unique(x, return_inverse=True)[1]
     count = np.bincount(group)
     mean = np.bincount(group, y) / count
     total = float(np.var(y)) * len(y)

@@ -110,6 +110,11 @@ class Candidate(msgspec.Struct, kw_only=True):
             self.canonical_id = picture_of(self.url) if self.url else self.id
         self.id = self.id or self.canonical_id
 
+    @property
+    def key(self) -> tuple[str, str]:
+        """(query_id, id): no two lines of a run share it."""
+        return self.query_id or "", self.id or ""
+
 
 class Manifest(msgspec.Struct, kw_only=True):
     """`manifest.json` of a run folder."""

@@ -35,7 +35,8 @@ def label(table: pa.Table, compliance_weight: float) -> Labels:
     is_gold = ~np.isnan(gold[0])
     compliance, conflict = (np.where(is_gold, g, s) for g, s in zip(gold, silver, strict=True))
     y = compliance_weight * compliance + (1 - compliance_weight) * (1 - conflict)
-    kind = np.where(is_gold, GOLD, np.where(np.isnan(y), None, SILVER)).astype(object)
     unlabelled = np.isnan(y)
+    kind = np.full(len(y), SILVER, object)
+    kind[is_gold], kind[unlabelled] = GOLD, None
     return Labels(y, np.where(unlabelled, np.nan, compliance),
                   np.where(unlabelled, np.nan, conflict), kind)  # fmt: skip

@@ -38,8 +38,8 @@ class Lists(NamedTuple):
 
     def take(self, queries: np.ndarray) -> "Lists":
         """The lists of some queries, by index."""
-        pick = lambda part: tuple(part[q] for q in queries) if isinstance(part, tuple) else part[queries]
-        return Lists(*map(pick, self))
+        arrays = {name: part[queries] for name, part in self._asdict().items() if name != "constraints"}
+        return Lists(**arrays, constraints=tuple(self.constraints[q] for q in queries))
 
 
 def to_lists(table: pa.Table, label: str | None = None) -> Lists:

@@ -190,7 +190,7 @@ class _Reader:
         vectors = {name: self._vector(row, name, line) for name in ("image_embedding", "text_embedding")}
         self._check_key(row, line)
         self._check_query(row, vectors["text_embedding"], line)
-        self.seen[row.query_id, row.id] = f"{line.file}, line {line.number}"
+        self.seen[row.key] = f"{line.file}, line {line.number}"
         fields = _split_fields(line.content)
         self.unknown.update(fields.keys() - FIELDS)
         self._append(row, vectors, line)
@@ -218,7 +218,7 @@ class _Reader:
         return vector
 
     def _check_key(self, row: Candidate, line: _Line) -> None:
-        if first := self.seen.get((row.query_id, row.id)):
+        if first := self.seen.get(row.key):
             raise InputError(
                 f"({row.query_id!r}, {row.id!r}) was there already on {first}",
                 file=line.file, line=line.number, field="id", remedy=_FIX,
@@ -232,7 +232,7 @@ class _Reader:
             "constraints": row.constraints,
             "text_embedding": None if text is None else text.tobytes(),
         }
-        place, first = self.queries.setdefault(row.query_id, (f"line {line.number}", facts))
+        place, first = self.queries.setdefault(row.key[0], (f"line {line.number}", facts))
         for field, value in facts.items():
             if value != first[field]:
                 raise InputError(
@@ -378,12 +378,11 @@ def _key_of_bad(line: _Line) -> tuple[str, str] | None:
     """(query_id, id) of a quarantined line, as far as it can be read."""
     try:
         fields = _split_fields(line.content)
-        keys = {k: msgspec.json.decode(fields[k], type=str)
-                for k in ("query", "query_id", "id", "canonical_id", "url") if k in fields}  # fmt: skip
-        row = Candidate(**({"query": keys["query_id"]} | keys if "query_id" in keys else keys))
-    except (TypeError, msgspec.MsgspecError, UnicodeDecodeError, ValueError):
+        keys = {name: fields[name] for name in KEYS if name in fields}
+        keys.setdefault("query", keys.get("query_id", msgspec.Raw(b"null")))
+        return _decode(msgspec.json.encode(keys)).key
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return None
-    return str(row.query_id), str(row.id)
 
 
 def _check_manifest(run: Run, rows: Collection[tuple[str, str]], bad: list[_Line]) -> None:

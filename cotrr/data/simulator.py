@@ -183,7 +183,7 @@ def make_batch(simulation: Simulation, catalogue: Catalogue, number: int) -> Bat
         "reviewer": labels, "noise_free": true_compliance(query, true), "random": 0 * labels,
         "clip_score": columns["clip_score"], "step4_rule": columns["dual_score"],
     }  # fmt: skip
-    return Batch(rows, labels, verdict.any(axis=1), reviewed, scores)
+    return Batch(rows, labels, np.asarray(verdict.any(axis=1)), reviewed, scores)
 
 
 def _truths(batch: Batch) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """Splits without leakage: a keyed hash sends each picture and each query to one split."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ METHODS = ("auto", "strict", "components")
 LARGEST_COMPONENT = 0.05
 
 
-def unit_hash(kind: str, ids: Sequence[str], salt: str) -> np.ndarray:
+def unit_hash(kind: str, ids: Iterable[str], salt: str) -> np.ndarray:
     """[N] float64 in [0, 1): a keyed blake2b hash, the same on every machine and in any order."""
     key = hashlib.blake2b(salt.encode(), digest_size=32).digest()
     digest = lambda item: hashlib.blake2b(
@@ -35,10 +35,9 @@ def parse_fractions(words: Sequence[str]) -> tuple[float, ...]:
     """Train, validation and test shares, each ≥ 0, adding up to 1; raises ValueError otherwise."""
     try:
         shares = tuple(float(word) for word in words)
-        fine = len(shares) == 3 and min(shares) >= 0 and shares[0] > 0 and abs(sum(shares) - 1) < 1e-6
     except ValueError:
-        fine = False
-    if not fine:
+        shares = ()
+    if len(shares) != 3 or min(shares) < 0 or shares[0] == 0 or abs(sum(shares) - 1) > 1e-6:
         raise ValueError(
             f"--fractions={','.join(words)}: expected train,validation,test, each at least 0, "
             "train above 0, adding up to 1, e.g. 0.7,0.15,0.15"

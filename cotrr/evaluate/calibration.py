@@ -15,9 +15,9 @@ def bin_sums(
 ) -> np.ndarray:
     """[Q, bins, 3] count, summed probability and summed outcome of each query's candidates."""
     sums = np.zeros((queries, bins, 3))
-    row = (query, bin_of(probability, bins))
+    row = bin_of(probability, bins)
     for column, values in enumerate((np.ones_like(probability), probability, outcome)):
-        np.add.at(sums, (*row, column), values)
+        np.add.at(sums[:, :, column], (query, row), values)
     return sums
 
 

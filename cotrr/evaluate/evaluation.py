@@ -15,6 +15,7 @@ from cotrr.data.lists import Lists
 from cotrr.evaluate import bootstrap, calibration, metrics
 
 Figure = dict[str, Any]
+Number = float | np.ndarray  # a number, or an array of shape []
 KIND = "percentile bootstrap over queries"
 CONVENTIONS = {
     "compliance@1": "Mean compliance of the best-ranked candidate, mean over queries.",
@@ -49,29 +50,45 @@ class Column(NamedTuple):
     values: np.ndarray
 
 
+@jax.jit
+@jax.vmap
+def _measure(scores, compliance, y, conflict, where):
+    at = partial(metrics.mean_at, scores, where=where)
+    gain = partial(metrics.ndcg, scores, where=where, k=10)
+    return {
+        **{f"compliance@{k}": at(compliance, k=k) for k in (1, 3, 5)},
+        "ndcg@10": gain(compliance),
+        "ndcg_y@10": gain(y),
+        "conflict_rate@1": at(conflict, k=1),
+    }
+
+
 def per_query(scores: np.ndarray, lists: Lists) -> dict[str, np.ndarray]:
     """[Q] values of every ranking metric; NaN where it is undefined for a query."""
-
-    @jax.jit
-    @jax.vmap
-    def measure(scores, compliance, y, conflict, where):
-        at = partial(metrics.mean_at, scores, where=where)
-        gain = partial(metrics.ndcg, scores, where=where, k=10)
-        return {
-            **{f"compliance@{k}": at(compliance, k=k) for k in (1, 3, 5)},
-            "ndcg@10": gain(compliance),
-            "ndcg_y@10": gain(y),
-            "conflict_rate@1": at(conflict, k=1),
-        }
-
     where = lists.labelled
     zero = lambda values: np.where(where, values, 0.0).astype(np.float32)
-    values = measure(zero(scores), zero(lists.compliance), zero(lists.y), zero(lists.conflict), where)
+    values = _measure(zero(scores), zero(lists.compliance), zero(lists.y), zero(lists.conflict), where)
     return {name: np.asarray(value, np.float64) for name, value in values.items()}
 
 
-def figure(value: float, low: float, high: float, n: int, why: str = "") -> Figure:
-    """A figure of the report; undefined numbers are null and say why."""
+def figure(
+    value: Number,
+    low: Number,
+    high: Number,
+    n: int,
+    why: str = "",
+    *,
+    undefined: Number = 0,
+    queries: int | None = None,
+) -> Figure:
+    """A figure of the report; undefined numbers are null and say why.
+
+    `undefined` resamples had no value.  Fewer than 2 `queries` behind the value have no interval: one
+    query resampled is itself, and an interval of no width would be a lie.
+    """
+    if queries is not None and queries < 2:
+        low, high, undefined = np.nan, np.nan, 0
+        why = why or ("one query alone has no interval" if queries else "")
     known, bounded = bool(np.isfinite(value)), bool(np.isfinite(low) and np.isfinite(high))
     result: Figure = {
         "value": float(value) if known else None,
@@ -83,6 +100,8 @@ def figure(value: float, low: float, high: float, n: int, why: str = "") -> Figu
         result["why"] = why or "no query defines it"
     elif not bounded:
         result["why"] = why or "too few resamples define it"
+    if undefined:
+        result["undefined"] = int(undefined)
     return result
 
 
@@ -105,12 +124,10 @@ class Engine(NamedTuple):
         found = self._intervals(bootstrap.weighted_means, values.astype(np.float32))
         n = (~np.isnan(values)).sum(axis=0)
         mean = np.where(n > 0, np.nansum(values, axis=0) / np.maximum(n, 1), np.nan)
-        # One query resampled is itself: an interval of no width would be a lie.
-        alone = n < 2
-        rows = zip(columns, mean, np.where(alone, np.nan, found.low), found.high, n, strict=True)
+        rows = zip(columns, mean, found.low, found.high, n, found.undefined, strict=True)
         return {
-            column.path: figure(*numbers, why="one query alone has no interval" if numbers[3] == 1 else "")
-            for column, *numbers in rows
+            column.path: figure(value, low, high, count, undefined=undefined, queries=count)
+            for column, value, low, high, count, undefined in rows
         }
 
     def shares(self, sums: np.ndarray, totals: np.ndarray) -> list[Figure]:
@@ -119,7 +136,9 @@ class Engine(NamedTuple):
         found = self._intervals(_weighted_shares, data)
         total = totals.sum()
         value = sums.sum(axis=0) / total if total else np.full(sums.shape[1], np.nan)
-        return [figure(*row, n=int(total)) for row in zip(value, found.low, found.high, strict=True)]
+        queries = int(np.count_nonzero(totals))
+        return [figure(mean, low, high, int(total), undefined=undefined, queries=queries)
+                for mean, low, high, undefined in zip(value, *found, strict=True)]  # fmt: skip
 
     def auc(self, query: np.ndarray, score: np.ndarray, positive: np.ndarray) -> Figure:
         """Pooled AUC of N candidates."""
@@ -128,13 +147,15 @@ class Engine(NamedTuple):
         items = bootstrap.sort_items(query, score, positive)
         found = self._intervals(bootstrap.weighted_auc, items)
         value = bootstrap.weighted_auc(jnp.ones(self.queries, jnp.int32), jax.tree.map(jnp.asarray, items))
-        return figure(float(value), found.low, found.high, len(score))
+        return figure(float(value), found.low, found.high, len(score),
+                      undefined=found.undefined, queries=len(np.unique(query)))  # fmt: skip
 
     def ece(self, query: np.ndarray, probability: np.ndarray, outcome: np.ndarray) -> Figure:
         """ECE with 15 bins of N candidates."""
         sums = calibration.bin_sums(query, probability, outcome, self.queries)
         found = self._intervals(bootstrap.weighted_ece, sums.astype(np.float32))
-        return figure(calibration.ece(sums.sum(axis=0)), found.low, found.high, len(probability))
+        return figure(calibration.ece(sums.sum(axis=0)), found.low, found.high, len(probability),
+                      undefined=found.undefined, queries=len(np.unique(query)))  # fmt: skip
 
 
 def _weighted_shares(counts: jax.Array, data: jax.Array) -> jax.Array:
@@ -144,8 +165,11 @@ def _weighted_shares(counts: jax.Array, data: jax.Array) -> jax.Array:
 
 
 def ranking(engine: Engine, systems: list[System], lists: Lists) -> dict[str, Any]:
-    """`metrics`, `ladder`, `deltas` and `slices` of the report; the first system is the baseline,
-    the last one the model."""
+    """`metrics`, `ladder`, `deltas`, `gains` and `slices` of the report.
+
+    The first system is the baseline of `deltas`, the last one the model; `gains` are the model's
+    differences to each other system.
+    """
     undefined = dict.fromkeys(CONVENTIONS_OF_METRICS, np.full(engine.queries, np.nan))
     values = {s.name: undefined if s.scores is None else per_query(s.scores, lists) for s in systems}
     baseline, model = systems[0].name, systems[-1].name
@@ -155,6 +179,8 @@ def ranking(engine: Engine, systems: list[System], lists: Lists) -> dict[str, An
             columns.append(Column(("value", name, metric), value))
             if name != baseline:
                 columns.append(Column(("delta", name, metric), value - values[baseline][metric]))
+            if name != model:
+                columns.append(Column(("gain", name, metric), values[model][metric] - value))
     for domain in sorted(set(lists.domain)):
         inside = np.where(lists.domain == domain, 1.0, np.nan)
         for metric, value in values[model].items():
@@ -168,6 +194,7 @@ def ranking(engine: Engine, systems: list[System], lists: Lists) -> dict[str, An
         "ladder": [{"system": s.name, "describes": s.describes, "metrics": _why(pick("value", s.name), s.why)}
                    for s in systems],
         "deltas": {s.name: _why(pick("delta", s.name), s.why or systems[0].why) for s in systems[1:]},
+        "gains": {s.name: _why(pick("gain", s.name), s.why) for s in systems[:-1]},
         "slices": {d: {"metrics": pick("slice", d), "deltas": _why(pick("slice delta", d), systems[0].why)}
                    for d in sorted(set(lists.domain))},
     }  # fmt: skip
@@ -212,10 +239,11 @@ def reliability(
     sums = calibration.bin_sums(query, probability, outcome, engine.queries)
     found = engine._intervals(_observed, sums.astype(np.float32))
     rows = []
+    filled = np.count_nonzero(sums[..., 0], axis=0)
     for i, (count, predicted, observed) in enumerate(sums.sum(axis=0)):
         row = {"low": i / calibration.BINS, "high": (i + 1) / calibration.BINS, "n": int(count)}
         if count:
-            bounds = figure(0.0, found.low[i], found.high[i], int(count))["ci"]
+            bounds = figure(0.0, found.low[i], found.high[i], int(count), queries=filled[i])["ci"]
             row |= {"predicted": predicted / count, "observed": observed / count, "ci": bounds}
         else:
             row |= {"predicted": None, "observed": None, "ci": None}

@@ -21,7 +21,8 @@ def expected_discounts(scores: jax.Array, discounts: jax.Array, *, where: jax.Ar
     key = jnp.where(where, -scores, jnp.inf)
     ordered = jnp.sort(key)
     first = jnp.searchsorted(ordered, key, side="left")
-    last = jnp.searchsorted(ordered, key, side="right")
+    # A score of -inf ties with the padding behind it: the run ends where the candidates do.
+    last = jnp.minimum(jnp.searchsorted(ordered, key, side="right"), jnp.sum(where))
     cumulative = jnp.concatenate([jnp.zeros(1, discounts.dtype), jnp.cumsum(discounts)])
     expected = (cumulative[last] - cumulative[first]) / jnp.maximum(last - first, 1)
     broken = jnp.any(jnp.isnan(scores) & where)

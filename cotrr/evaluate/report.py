@@ -15,6 +15,8 @@ from urllib.parse import unquote, urlsplit
 import jinja2
 from markupsafe import Markup
 
+from cotrr import files
+
 Dict = Mapping[str, Any]
 BASELINE = "CLIP-only"
 HEADLINE = "compliance@1"
@@ -97,7 +99,7 @@ def basis(figures: Iterable[Dict | None]) -> str:
     counts = sorted({figure["n"] for figure in present if figure.get("n") is not None})
     kinds = sorted({str(f["kind"]) for f in present if interval(f) and f.get("kind")})
     n = f"n = {counts[0]}" + (f" to {counts[-1]}" if len(counts) > 1 else "") if counts else ""
-    return ", ".join(filter(None, [n, *kinds]))
+    return ", ".join(part for part in (n, *kinds) if part)
 
 
 def nice_axis(values: Iterable[float], count: int = 4) -> Axis:
@@ -143,8 +145,8 @@ def thresholds(report: Dict) -> dict[str, float]:
     found: dict[str, float] = {}
     for row in report.get("acceptance") or []:
         words = row["criterion"].casefold().replace(" ", "_")
-        named = [m for m in report.get("metrics") or {} if words.startswith(m)]
-        metric = row.get("metric") or max(named, key=len, default=None)
+        named = [str(m) for m in report.get("metrics") or {} if words.startswith(m)]
+        metric = row.get("metric") or max(named, key=len, default="")
         if metric and row.get("unit") == "points" and row.get("threshold") is not None:
             found.setdefault(metric, row["threshold"])
     return found
@@ -245,7 +247,7 @@ def _render(report: Dict, name: str, **options: Any) -> str:
         lstrip_blocks=True,
         **options,
     )
-    environment.globals |= {"marks": MARKS, "baseline": BASELINE, "extent": extent, "panel": panel}
+    environment.globals.update(marks=MARKS, baseline=BASELINE, extent=extent, panel=panel)
     for filter_ in (number, parts, figure_text, metric_name, basis, facts, picture):
         environment.filters[filter_.__name__] = filter_
     return environment.get_template(name).render(report=report, view=view(report))
@@ -264,17 +266,12 @@ def render_markdown(report: Dict) -> str:
 def write_report(report: Dict, folder: str | os.PathLike[str]) -> Path:
     """Writes report.json, report.md and report.html, each atomically; returns the page's path."""
     texts = {
-        "report.json": json.dumps(report, indent=2, allow_nan=False, ensure_ascii=False) + "\n",
+        "report.json": json.dumps(report, indent=1, allow_nan=False, ensure_ascii=False) + "\n",
         "report.md": render_markdown(report),
         "report.html": render_html(report),
     }
     target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
-        draft = target / f".{name}.{os.getpid()}"
-        try:
+        with files.replacing(target / name) as draft:
             draft.write_bytes(text.encode("utf-8", "backslashreplace"))
-            os.replace(draft, target / name)
-        finally:
-            draft.unlink(missing_ok=True)
     return target / "report.html"

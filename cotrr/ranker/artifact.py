@@ -86,15 +86,16 @@ def score(model: Model, lists: Lists) -> Scored:
     """
     expected = len(model.statistics.image_mean), len(model.statistics.text_mean)
     given = lists.image.shape[-1], lists.text.shape[-1]
-    if expected != given and any(given):
+    if any(length not in (0, wanted) for length, wanted in zip(given, expected, strict=True)):
         raise InputError(
             f"image and text embeddings of {given} numbers, the model was trained on {expected}",
             remedy="Score runs of the encoder that the model was trained with",
         )
-    if expected != given:  # a run without embeddings: all of them are missing
-        shape = lists.where.shape
-        lists = lists._replace(image=np.full((*shape, expected[0]), np.nan, np.float32),
-                               text=np.full((shape[0], expected[1]), np.nan, np.float32))  # fmt: skip
+    if expected != given:  # a run without embeddings of a kind: all of them are missing
+        full = lambda part, length: (
+            part if part.shape[-1] else np.full((*part.shape[:-1], length), np.nan, np.float32)
+        )
+        lists = lists._replace(image=full(lists.image, expected[0]), text=full(lists.text, expected[1]))
     if not len(lists.query_id):
         return Scored(*(np.zeros(lists.where.shape) for _ in Scored._fields))
     lanes = lane_scores(model.params, inputs_of(model, lists), hidden=model.config["hidden"])
@@ -123,7 +124,7 @@ def save(model: Model, folder: str | pathlib.Path) -> None:
     tables = {"weights.npz": arrays, "trained_on.npz": model.seen}
     for name, table in tables.items():
         with files.replacing(folder / name) as temporary, open(temporary, "wb") as out:
-            np.savez(out, **{key: np.asarray(value) for key, value in table.items()})
+            np.savez(out, allow_pickle=False, **{key: np.asarray(value) for key, value in table.items()})
     files.write_json(folder / "model.json", {
         "format": FORMAT,
         "name": model.name,
@@ -158,7 +159,7 @@ def load(folder: str | pathlib.Path) -> Model:
             file=error.filename,
             remedy="Train one: python -m experiments.train --help",
         ) from None
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"no model of cotrr ({error!r})", file=folder / "model.json") from None

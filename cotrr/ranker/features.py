@@ -5,7 +5,7 @@
 """
 
 from collections.abc import Collection
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ import numpy as np
 from cotrr.data.contract import ATTRIBUTES, GROUPS
 from cotrr.data.lists import Lists
 
+Leaf = Any  # of a tree: an array of NumPy or JAX, or a tracer
 NAMES = tuple(ATTRIBUTES)
 # Step 4's own rule: its weights of the attributes, in their own units.
 RULE = {"clip_score": 0.2, "compliance_score": 0.7, "conflict_prob": -0.3}
@@ -31,37 +32,37 @@ class Vocabulary(NamedTuple):
 class Encoded(NamedTuple):
     """One list as numbers, before any statistics; missing is NaN."""
 
-    domain: jax.Array  # [] int32 index into Vocabulary.domains; their number where unseen
-    wants: jax.Array  # [V] float32 multi-hot of Vocabulary.constraints
-    text: jax.Array  # [d]
-    image: jax.Array  # [n, d]
-    attributes: jax.Array  # [n, A] in the order of NAMES
-    where: jax.Array  # [n] bool
+    domain: Leaf  # [] int32 index into Vocabulary.domains; their number where unseen
+    wants: Leaf  # [V] float32 multi-hot of Vocabulary.constraints
+    text: Leaf  # [d]
+    image: Leaf  # [n, d]
+    attributes: Leaf  # [n, A] in the order of NAMES
+    where: Leaf  # [n] bool
 
 
 class Statistics(NamedTuple):
     """What is fitted on training rows: D domains, A attributes, d → p principal components."""
 
-    mean: jax.Array  # [D + 1, A]; the last row is global, for an unseen domain
-    scale: jax.Array  # [D + 1, A]; infinite where an attribute never varies
-    missing: jax.Array  # [A] share of missing values
-    label_scale: jax.Array  # [D + 1] deviation of y
-    image_mean: jax.Array  # [d]
-    image_axes: jax.Array  # [d, p]
-    text_mean: jax.Array  # [d]
-    text_axes: jax.Array  # [d, p']
-    rule_mean: jax.Array  # []
-    rule_scale: jax.Array  # []
+    mean: Leaf  # [D + 1, A]; the last row is global, for an unseen domain
+    scale: Leaf  # [D + 1, A]; infinite where an attribute never varies
+    missing: Leaf  # [A] share of missing values
+    label_scale: Leaf  # [D + 1] deviation of y
+    image_mean: Leaf  # [d]
+    image_axes: Leaf  # [d, p]
+    text_mean: Leaf  # [d]
+    text_axes: Leaf  # [d, p']
+    rule_mean: Leaf  # []
+    rule_scale: Leaf  # []
 
 
 class Features(NamedTuple):
     """Model input of one list of n candidates."""
 
-    query: jax.Array  # [p' + V]: processed once per query
-    image: jax.Array  # [n, p]
-    attributes: jax.Array  # [n, 2A]: standardised, then their missing-value indicators
-    base: jax.Array  # [n, 2]: Step 4's rule, and the logit of its conflict probability
-    where: jax.Array  # [n] bool
+    query: Leaf  # [1 + p' + V]: a constant, text components, what is wanted
+    image: Leaf  # [n, p]
+    attributes: Leaf  # [n, 2A]: standardised, then their missing-value indicators
+    base: Leaf  # [n, 2]: Step 4's rule, and the logit of its conflict probability
+    where: Leaf  # [n] bool
 
 
 def vocabulary(lists: Lists) -> Vocabulary:
@@ -178,12 +179,12 @@ def fit(lists: Lists, words: Vocabulary, settings: Settings) -> Statistics:
         np.where(np.isfinite(label_scale[:, 0]), label_scale[:, 0], 1.0),
         *principal_axes(images, settings.image_components, settings.image_size),
         *principal_axes(texts, settings.text_components, settings.text_size),
-        rule.mean(), np.maximum(rule.std(), 1e-6),
+        rule.mean(), rule.std() if rule.std() > 1e-6 else 1.0,
     )  # fmt: skip
     return Statistics(*(np.asarray(value, np.float32) for value in fitted))
 
 
-def rule_score(attributes: jax.Array, names: Collection[str]) -> jax.Array:
+def rule_score(attributes: Leaf, names: Collection[str]) -> Leaf:
     """[...] Step 4's rule from attributes [..., A] in their own units, its terms in `names` alone."""
     weights = np.array([RULE.get(name, 0.0) if name in names else 0.0 for name in NAMES], np.float32)
     return attributes @ weights
@@ -201,20 +202,21 @@ def featurize(statistics: Statistics, encoded: Encoded, mask: jax.Array) -> Feat
     Without the clip group (its `clip_score` masked) the embeddings are out as well.
     """
     statistics = jax.tree.map(jnp.asarray, statistics)
-    mean, scale = statistics.mean[encoded.domain], statistics.scale[encoded.domain]
+    mean, scale = statistics.mean[encoded.domain][None], statistics.scale[encoded.domain][None]
     raw = jnp.where(mask, fill(statistics, encoded), mean)
     standard = jnp.clip((raw - mean) / scale, -WINSOR, WINSOR)
     varies = (statistics.missing > 0) & (statistics.missing < 1)
-    indicator = jnp.where(mask & varies, jnp.isnan(encoded.attributes) - statistics.missing, 0.0)
+    indicator = jnp.where(mask & varies, jnp.isnan(encoded.attributes) - statistics.missing[None], 0.0)
     base = (rule_score(raw, NAMES) - statistics.rule_mean) / statistics.rule_scale
     probability = jnp.clip(raw[:, _CONFLICT_PROB], 0.01, 0.99)
     inside = lambda values: jnp.where(encoded.where[:, None], values, 0.0)
-    project = lambda x, centre, axes: jnp.nan_to_num(x - centre) @ axes
+    project = lambda x, centre, axes: jnp.nan_to_num(x - jnp.broadcast_to(centre, x.shape)) @ axes
     image = project(encoded.image, statistics.image_mean, statistics.image_axes)
     text = project(encoded.text, statistics.text_mean, statistics.text_axes)
+    clip = mask[NAMES.index("clip_score")]
     return Features(
-        query=jnp.concatenate([text, encoded.wants]),
-        image=inside(image * mask[NAMES.index("clip_score")]),
+        query=jnp.concatenate([jnp.ones(1), text * clip, encoded.wants]),
+        image=inside(image * clip),
         attributes=inside(jnp.concatenate([standard, indicator], axis=1)),
         base=inside(jnp.stack([base, jax.scipy.special.logit(probability)], axis=1)),
         where=encoded.where,

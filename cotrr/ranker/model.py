@@ -37,15 +37,15 @@ class Reranker(nn.Module):
         width = candidate.shape[-1]
         from_zero = partial(nn.Dense, kernel_init=nn.initializers.zeros_init())
 
-        weights = from_zero(2 * width, name="query_weights")(query).reshape(width, 2)
-        logits = candidate @ weights + from_zero(2, name="query_offset")(query)
+        weights = from_zero(2 * width, use_bias=False, name="query_weights")(query).reshape(width, 2)
+        logits = candidate @ weights + from_zero(2, name="query_offset")(query)[None]
         if self.hidden:
-            context = nn.Dense(self.hidden, use_bias=False, name="query_hidden")(query)
+            context = nn.Dense(self.hidden, use_bias=False, name="query_hidden")(query)[None]
             hidden = nn.gelu(nn.Dense(self.hidden, name="candidate_hidden")(candidate) + context)
             hidden = _drop(self, hidden, dropout)
             logits = logits + from_zero(2, use_bias=False, name="heads")(hidden)
         base_scale = self.param("base_scale", nn.initializers.ones_init(), (2,))
-        logits = logits + base_scale * features.base
+        logits = logits + base_scale[None] * features.base
         return Scores(rank=logits[:, 0], conflict=logits[:, 1])
 
 

@@ -18,7 +18,7 @@ from cotrr.config import setting
 from cotrr.data.lists import Lists
 from cotrr.data.splits import unit_hash
 from cotrr.ranker import losses, model
-from cotrr.ranker.features import Features
+from cotrr.ranker.features import Features, Leaf
 from cotrr.ranker.model import Params, Reranker, Scores
 
 
@@ -66,17 +66,17 @@ class Examples(NamedTuple):
     """Q lists as the trainer sees them."""
 
     features: Features  # [Q, ...]
-    y: jax.Array  # [Q, n]
-    gap: jax.Array  # [Q, n] y in deviations of its domain: RankNet's labels
-    conflict: jax.Array  # [Q, n] 0 or 1, or a probability where silver
+    y: Leaf  # [Q, n]
+    gap: Leaf  # [Q, n] y in deviations of its domain: RankNet's labels
+    conflict: Leaf  # [Q, n] 0 or 1, or a probability where silver
 
 
 class Lanes(NamedTuple):
     """Which rows each of L lanes learns from, and which it is validated on."""
 
-    train: np.ndarray  # [L, Q, n] bool
-    held_out: np.ndarray  # [L, Q, n] bool; a final member with folds holds out nothing
-    final: np.ndarray  # [L] bool: the members whose mean is the score
+    train: Leaf  # [L, Q, n] bool
+    held_out: Leaf  # [L, Q, n] bool; a final member with folds holds out nothing
+    final: Leaf  # [L] bool: the members whose mean is the score
 
 
 class State(NamedTuple):
@@ -197,10 +197,10 @@ def make_train(
         params, opt = jax.vmap(one)(jax.random.split(jax.random.fold_in(key, 0), count))
         return State(params, opt, params, jnp.float32(jnp.inf), jnp.int32(0))
 
-    def step(params: Params, state: Any, key: jax.Array, lists: Examples, where: jax.Array) -> Any:
+    def step(params: Params, state: Any, key: Leaf, lists: Examples, where: Leaf) -> Any:
         (_, parts), gradient = jax.value_and_grad(loss, has_aux=True)(params, key, lists, where)
         updates, state = optimizer(hparams).update(gradient, state, params)
-        norms = {"gradient_norm": optax.global_norm(gradient), "update_norm": optax.global_norm(updates)}
+        norms = {"gradient_norm": optax.tree.norm(gradient), "update_norm": optax.tree.norm(updates)}
         return optax.apply_updates(params, updates), state, parts | norms
 
     def validate(params: Params, lists: Examples, where: jax.Array) -> dict[str, jax.Array]:
@@ -223,7 +223,7 @@ def make_train(
             chosen, key = at
             taken = jax.tree.map(lambda value: value[chosen], lists)
             params, opt, metrics = jax.vmap(step, in_axes=(0, 0, 0, None, 0))(
-                *carry, jax.random.split(key, count), taken, rows.train[:, chosen]
+                carry[0], carry[1], jax.random.split(key, count), taken, rows.train[:, chosen]
             )
             return (params, opt), metrics
 

@@ -54,12 +54,12 @@ def test_same_settings_give_the_same_bytes_and_another_seed_others(
 ) -> None:
     write_run(SMALL, tmp_path / "again")
     write_run(small(seed=4), tmp_path / "other")
-    for name in ("manifest.json", "scored.jsonl", "truth.json"):
+    for name in ("manifest.json", "scored.jsonl", "truth.json", "truth.jsonl"):
         content = (run / name).read_bytes()
         assert (tmp_path / "again" / name).read_bytes() == content
         assert (tmp_path / "other" / name).read_bytes() != content
     assert sorted(path.name for path in run.iterdir()) == [
-        "manifest.json", "scored.jsonl", "truth.json",
+        "manifest.json", "scored.jsonl", "truth.json", "truth.jsonl",
     ]  # fmt: skip
 
 

@@ -1,0 +1,232 @@
+"""The model folder: what is saved is what is scored, and what was changed is refused."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from cotrr import files
+from cotrr.data.contract import ATTRIBUTES, InputError
+from cotrr.ranker import artifact, features
+from cotrr.ranker.calibration import Calibration, Platt
+from cotrr.ranker.model import Reranker
+from tests.ranker.synthetic import assert_same_bits, development, padded, randomised
+
+DATA = development()
+LISTS = DATA.lists
+
+
+def make_model(hidden=4, lists=LISTS):
+    """Two fold lanes and two final members with random parameters."""
+    words = features.vocabulary(lists)
+    statistics = features.fit(lists, words, features.Settings(4, 3, 0.6, 0.1))
+    mask = features.group_mask(features.GROUPS)
+    inputs = artifact.featurize_all(statistics, features.encode(lists, words), mask)
+    keys = jax.random.split(jax.random.key(0), 4)
+    one = jax.tree.map(lambda x: x[0], inputs)
+    params = jax.vmap(Reranker(hidden=hidden).init, in_axes=(0, None))(keys, one)
+    calibration = Calibration(Platt(0.5, -0.2), Platt(0.4, -1.0), 0.15, 20)
+    pictures = DATA.canonical_id[:16][lists.where[:16]]
+    seen = {"query_id": artifact.hashes("query_id", lists.query_id[:16]),
+            "canonical_id": artifact.hashes("canonical_id", pictures)}  # fmt: skip
+    params = jax.tree.map(lambda x: 0.3 * x, randomised(params))
+    return artifact.Model("light", {"groups": "clip,so,conflict", "hidden": hidden, "rate": 1e-3}, words,
+                          statistics, params, np.array([False, False, True, True]), calibration,
+                          {"best_epoch": 3}, seen)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model()
+
+
+@pytest.fixture
+def folder(model, tmp_path):
+    artifact.save(model, tmp_path / "model")
+    return tmp_path / "model"
+
+
+def change_facts(folder, **changes):
+    facts = json.loads((folder / "model.json").read_text())
+    (folder / "model.json").write_text(json.dumps(facts | changes))
+
+
+@pytest.mark.parametrize("hidden", [0, 4])
+def test_a_loaded_model_scores_the_same_bits(hidden, tmp_path):
+    model = make_model(hidden)
+    artifact.save(model, tmp_path)
+    loaded = artifact.load(tmp_path)
+    assert_same_bits(artifact.score(model, LISTS)._asdict(), artifact.score(loaded, LISTS)._asdict())
+    assert_same_bits(model.params, loaded.params)
+    assert_same_bits(model.statistics, loaded.statistics)
+    assert_same_bits(model.seen, loaded.seen)
+    same = ("config", "vocabulary", "calibration", "provenance")
+    assert [getattr(model, k) for k in same] == [getattr(loaded, k) for k in same]
+    assert loaded.name == artifact.version(tmp_path) and loaded.name.startswith("light-")
+
+
+def test_saving_twice_gives_the_same_bytes(model, folder, tmp_path):
+    artifact.save(model, tmp_path / "again")
+    for name in ("weights.npz", "trained_on.npz", "model.json"):
+        assert (folder / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+    assert sorted(p.name for p in folder.iterdir()) == ["model.json", "trained_on.npz", "weights.npz"]
+    other = model._replace(params=jax.tree.map(lambda x: x + 1, model.params))
+    artifact.save(other, tmp_path / "other")
+    assert artifact.version(tmp_path / "other") != artifact.version(folder)
+
+
+def test_nothing_is_pickled(folder):
+    for name in ("weights.npz", "trained_on.npz"):
+        with np.load(folder / name, allow_pickle=False) as arrays:
+            assert all(arrays[key].dtype.kind in "fbiu" for key in arrays)
+            assert len(arrays.files) > 1
+    with np.load(folder / "weights.npz", allow_pickle=False) as arrays:
+        assert arrays["params/base_scale"].shape == (4, 2)
+
+
+def test_ids_are_not_in_the_folder(folder):
+    for path in folder.iterdir():
+        assert b"shoot1" not in path.read_bytes() and b"q11" not in path.read_bytes()
+
+
+def test_changed_files_are_refused(folder):
+    for name in ("weights.npz", "trained_on.npz"):
+        kept = (folder / name).read_bytes()
+        (folder / name).write_bytes(kept[:-1] + b"\1")
+        with pytest.raises(InputError, match=f"{name}: not the file that was saved") as error:
+            artifact.load(folder)
+        assert error.value.file == folder / name
+        (folder / name).write_bytes(kept)
+    artifact.load(folder)
+
+
+@pytest.mark.parametrize("name", ["model.json", "weights.npz", "trained_on.npz"])
+def test_a_missing_file_is_named(folder, name):
+    (folder / name).unlink()
+    with pytest.raises(InputError, match=rf"{name}: no finished model here.*experiments\.train"):
+        artifact.load(folder)
+
+
+def test_no_folder(tmp_path):
+    with pytest.raises(InputError, match=r"nowhere/model\.json: no finished model here"):
+        artifact.load(tmp_path / "nowhere")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="no finished model here"):
+        artifact.load(tmp_path / "file")
+
+
+def test_other_attributes_or_format_are_refused(folder):
+    kept = (folder / "model.json").read_text()
+    for changes in ({"attributes": [*ATTRIBUTES][::-1]}, {"format": 2}):
+        change_facts(folder, **changes)
+        with pytest.raises(InputError, match=r"model\.json: saved by another version"):
+            artifact.load(folder)
+        (folder / "model.json").write_text(kept)
+
+
+@pytest.mark.parametrize("text", ['{"format": 1', "[]", "{}", "null", '{"files": []}', '{"files": {}}'])
+def test_broken_json_is_named(folder, text):
+    (folder / "model.json").write_text(text)
+    with pytest.raises(InputError, match=r"model\.json: no model of cotrr|weights"):
+        artifact.load(folder)
+
+
+def test_incomplete_weights_are_refused(model, folder):
+    with np.load(folder / "weights.npz") as arrays:
+        kept = {key: arrays[key] for key in arrays if key != "statistics/mean"}
+    np.savez(folder / "weights.npz", **kept)
+    change_facts(folder, files={"weights.npz": files.sha256(folder / "weights.npz"),
+                                "trained_on.npz": files.sha256(folder / "trained_on.npz")})  # fmt: skip
+    with pytest.raises(InputError, match=r"model\.json: no model of cotrr.*statistics/mean"):
+        artifact.load(folder)
+
+
+def test_scores_are_probabilities_inside_their_interval(model):
+    lists = LISTS._replace(attributes=LISTS.attributes * np.float32(100))  # far outside training
+    for scored in (artifact.score(model, LISTS), artifact.score(model, lists)):
+        for name, part in scored._asdict().items():
+            assert part.shape == LISTS.where.shape and np.isfinite(part[LISTS.where]).all(), name
+            assert (part[~LISTS.where] == (-np.inf if name == "logit" else 0)).all(), name
+        for part in scored[:5]:
+            assert part.min() >= 0 and part.max() <= 1
+        assert (scored.low <= scored.score).all() and (scored.score <= scored.high).all()
+    width = (scored.high - scored.low)[LISTS.where]
+    assert width.max() == pytest.approx(2 * 0.15) and (width < 2 * 0.15 - 1e-6).any()
+
+
+def test_scores_by_hand(model):
+    inputs = artifact.inputs_of(model, LISTS)
+    lanes = artifact.lane_scores(model.params, inputs, hidden=4)
+    scored = artifact.score(model, LISTS)
+    q, i = 3, 2
+    one = lambda lane: Reranker(hidden=4).apply(
+        jax.tree.map(lambda x: x[lane], model.params), jax.tree.map(lambda x: x[q], inputs)
+    )
+    rank = np.array([float(one(lane).rank[i]) for lane in range(4)])
+    conflict = np.array([float(one(lane).conflict[i]) for lane in range(4)])
+    np.testing.assert_allclose(lanes.rank[:, q, i], rank, rtol=1e-4, atol=1e-5)
+    expit = lambda z: 1 / (1 + np.exp(-z))
+    score = expit(0.5 * rank[2:].mean() - 0.2)
+    expected = {
+        "logit": rank[2:].mean(), "score": score, "std": np.std(expit(0.5 * rank - 0.2)),
+        "low": max(score - 0.15, 0), "high": min(score + 0.15, 1),
+        "p_conflict": expit(0.4 * conflict[2:].mean() - 1.0),
+    }  # fmt: skip
+    for name, value in expected.items():
+        assert getattr(scored, name)[q, i] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+
+
+def test_batches_and_padding_do_not_change_scores(model):
+    scored = artifact.score(model, LISTS)
+    few = artifact.score(model, LISTS.take(np.array([5, 2])))
+    more = artifact.score(model, padded(LISTS.take(np.arange(50) % 24), 3))  # more than one batch
+    for name, part in scored._asdict().items():
+        np.testing.assert_allclose(getattr(few, name), part[[5, 2]], rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(getattr(more, name)[:, :8], part[np.arange(50) % 24], rtol=1e-5, atol=1e-6)
+
+
+def test_embeddings_of_another_length_are_refused(model):
+    for d in (5, 7):
+        with pytest.raises(InputError, match=rf"\({d}, {d}\) numbers, the model was trained on \(6, 6\)"):
+            artifact.score(model, development(d=d).lists)
+    with pytest.raises(InputError, match=r"\(6, 5\)"):
+        artifact.score(model, LISTS._replace(text=LISTS.text[:, :5]))
+    none = np.zeros(0, np.float32)
+    plain = model._replace(statistics=model.statistics._replace(image_mean=none, text_mean=none))
+    with pytest.raises(InputError, match=r"trained on \(0, 0\)"):
+        artifact.score(plain, LISTS)
+
+
+@pytest.mark.parametrize("kinds", [("image", "text"), ("image",), ("text",)])
+def test_a_run_without_embeddings_is_scored_as_if_they_were_missing(model, kinds):
+    parts = {kind: getattr(LISTS, kind) for kind in kinds}
+    without = LISTS._replace(**{k: v[..., :0] for k, v in parts.items()})
+    missing = LISTS._replace(**{k: np.full_like(v, np.nan) for k, v in parts.items()})
+    scored = artifact.score(model, without)
+    assert np.isfinite(scored.score).all() and np.ptp(scored.score[LISTS.where]) > 0.01
+    assert_same_bits(scored._asdict(), artifact.score(model, missing)._asdict())
+    assert not np.array_equal(scored.score, artifact.score(model, LISTS).score)
+
+
+def test_no_lists_and_empty_lists(model):
+    nothing = artifact.score(model, LISTS.take(np.arange(0)))
+    assert all(part.shape == (0, 8) for part in nothing)
+    empty = artifact.score(model, LISTS._replace(where=np.zeros_like(LISTS.where)))
+    assert (empty.score == 0).all() and (empty.high == 0).all() and (empty.logit == -np.inf).all()
+
+
+def test_groups_of_the_config_are_those_scored_with(model):
+    off = model._replace(config=model.config | {"groups": "so,conflict"})
+    other = LISTS._replace(image=1 - LISTS.image, text=1 - LISTS.text)
+    assert_same_bits(artifact.score(off, LISTS)._asdict(), artifact.score(off, other)._asdict())
+
+
+def test_overlap_counts_distinct_ids(model, folder):
+    for each in (model, artifact.load(folder)):
+        assert artifact.overlap(each, "query_id", LISTS.query_id) == 16
+        assert artifact.overlap(each, "query_id", np.array(["q0", "q0", "q15", "q16", "new"], object)) == 2
+        assert artifact.overlap(each, "query_id", np.array([], object)) == 0
+        assert artifact.overlap(each, "canonical_id", LISTS.query_id) == 0
+    pictures = set(DATA.canonical_id[:16][LISTS.where[:16]])
+    assert artifact.overlap(model, "canonical_id", np.array(sorted(pictures), object)) == len(pictures)

@@ -1,0 +1,314 @@
+"""Features: fitted on training rows alone, shrunk by domain, and nothing made up."""
+
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from cotrr.evaluate.metrics import ndcg
+from cotrr.ranker import artifact, features, fitting
+from cotrr.ranker.training import TrainConfig
+from tests.ranker.synthetic import NAMES, assert_same_bits, development, padded
+
+SETTINGS = features.Settings(4, 3, 0.6, 0.1)
+EVERY = np.ones(len(NAMES), bool)
+A = len(NAMES)
+column = NAMES.index
+
+
+def featurize(lists, statistics, words, mask=EVERY):
+    return artifact.featurize_all(statistics, features.encode(lists, words), mask)
+
+
+@pytest.fixture
+def lists():
+    return development(queries=9).lists
+
+
+@pytest.fixture
+def words(lists):
+    return features.vocabulary(lists)
+
+
+def test_words():
+    lists = development(queries=3).lists._replace(
+        constraints=(("color=pink", "glass=coupe"), ("color=red",), ())
+    )
+    words = features.vocabulary(lists)
+    assert words == (("d0", "d1"), ("color", "color=pink", "color=red", "glass", "glass=coupe"))
+    wants = features.encode(lists, words).wants
+    np.testing.assert_array_equal(wants, [[1, 1, 0, 1, 1], [1, 0, 1, 0, 0], [0, 0, 0, 0, 0]])
+
+
+def test_unknown_words_have_no_number_of_their_own(lists, words):
+    other = lists._replace(
+        constraints=(("color=blue", "size=xl"), *lists.constraints[1:]),
+        domain=np.array(["new", *lists.domain[1:]], object),
+    )
+    encoded = features.encode(other, words)
+    assert encoded.domain[0] == len(words.domains) and encoded.domain[1] == 1
+    assert [words.constraints[i] for i in np.flatnonzero(encoded.wants[0])] == ["color"]
+    assert encoded.wants.shape == (9, len(words.constraints))
+    assert np.isfinite(featurize(other, features.fit(lists, words, SETTINGS), words).attributes).all()
+
+
+def by_hand(groups):
+    """Empirical Bayes of means and log variances, one number at a time (DerSimonian & Laird 1986)."""
+    everything = [x for group in groups for x in group]
+    centre = sum(everything) / len(everything)
+    total = sum((x - centre) ** 2 for x in everything) / len(everything)
+
+    def shrink(estimates, variances, centre):
+        known = [(e - centre, 1 / v) for e, v in zip(estimates, variances, strict=True) if v is not None]
+        weight = sum(w for _, w in known)
+        q = sum(w * e**2 for e, w in known)
+        denominator = weight - sum(w**2 for _, w in known) / weight
+        spread = max(q - (len(known) - 1), 0) / denominator
+        return [centre if v is None else centre + spread / (spread + v) * (e - centre)
+                for e, v in zip(estimates, variances, strict=True)]  # fmt: skip
+
+    means = [sum(g) / len(g) for g in groups]
+    mean = shrink(means, [total / len(g) if len(g) > 1 else None for g in groups], centre)
+    variances = [max(sum((x - m) ** 2 for x in g) / max(len(g) - 1, 1), 1e-3 * total)
+                 for g, m in zip(groups, means, strict=True)]  # fmt: skip
+    uncertainty = [2 / (len(g) - 1) if len(g) > 1 else None for g in groups]
+    logs = shrink([math.log(v) for v in variances], uncertainty, math.log(total))
+    return [*mean, centre], [*(math.exp(v / 2) for v in logs), math.sqrt(total)]
+
+
+@pytest.fixture
+def groups():
+    rng = np.random.default_rng(0)
+    sizes, centres, spreads = (400, 30, 2, 1, 60), (3.0, -1.0, 8.0, 9.0, 0.5), (1.0, 0.3, 2.0, 1.0, 4.0)
+    return [list(rng.normal(c, s, n)) for n, c, s in zip(sizes, centres, spreads, strict=True)]
+
+
+def moments_of(groups):
+    values = np.array([[x] for group in groups for x in group])
+    domain = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
+    order = np.random.default_rng(1).permutation(len(values))
+    mean, scale = features.domain_moments(values[order], domain[order], len(groups))
+    return mean[:, 0], scale[:, 0]
+
+
+def test_moments_are_empirical_bayes_by_hand(groups):
+    mean, scale = by_hand(groups)
+    fitted = moments_of(groups)
+    np.testing.assert_allclose(fitted[0], mean, rtol=1e-9)
+    np.testing.assert_allclose(fitted[1], scale, rtol=1e-9)
+
+
+def test_a_large_domain_keeps_its_mean_and_a_single_row_has_none(groups):
+    mean, scale = moments_of(groups)
+    assert mean[0] == pytest.approx(np.mean(groups[0]), abs=0.02)
+    assert scale[0] == pytest.approx(np.std(groups[0]), rel=0.02)
+    assert (mean[3], scale[3]) == pytest.approx((mean[-1], scale[-1]), rel=1e-12)
+    two = np.mean(groups[2])
+    assert mean[-1] < mean[2] < two and abs(mean[2] - two) > 10 * abs(mean[0] - np.mean(groups[0]))
+
+
+def test_domains_that_differ_by_chance_alone_share_one_mean():
+    rng = np.random.default_rng(3)
+    groups = [list(rng.normal(size=20)) for _ in range(40)]
+    mean, scale = moments_of(groups)
+    raw = np.array([np.mean(group) for group in groups])
+    assert np.std(mean[:-1]) < 0.5 * np.std(raw)
+    assert np.std(np.log(scale[:-1])) < 0.5 * np.std(np.log([np.std(group) for group in groups]))
+
+
+def test_an_unseen_domain_is_standardised_globally(lists, words):
+    statistics = features.fit(lists, words, SETTINGS)
+    other = lists._replace(domain=np.full(9, "new", object))
+    values = lists.attributes[lists.where]
+    result = np.asarray(featurize(other, statistics, words).attributes)[lists.where][:, :A]
+    expected = (values - values.mean(axis=0)) / values.std(axis=0)
+    np.testing.assert_allclose(result, expected, atol=1e-4)
+    seen = np.asarray(featurize(lists, statistics, words).attributes)[lists.where][:, :A]
+    assert np.abs(seen - expected).max() > 0.01
+
+
+def test_a_constant_attribute_is_zero_whatever_comes_later(lists, words):
+    lists.attributes[lists.where, column("contrast")] = 0.1
+    lists.attributes[lists.where, column("soft_conflicts")] = 0
+    statistics = features.fit(lists, words, SETTINGS)
+    lists.attributes[0, 0, column("contrast")] = 0.9
+    lists.attributes[0, 0, column("soft_conflicts")] = 7
+    result = np.asarray(featurize(lists, statistics, words).attributes)
+    for name in ("contrast", "soft_conflicts"):
+        assert (result[..., column(name)] == 0).all()
+    assert np.abs(result[..., column("brightness")]).max() > 0.5
+
+
+def test_an_outlier_is_held_within_the_bounds(lists, words):
+    statistics = features.fit(lists, words, SETTINGS)
+    lists.attributes[0, 0, column("color_delta_e")] = 1e6
+    assert featurize(lists, statistics, words).attributes[0, 0, column("color_delta_e")] == features.WINSOR
+
+
+def test_a_missing_value_is_the_mean_of_its_domain_and_flagged(lists, words):
+    ice, glass, never = map(column, ("ice_ratio", "glass_ratio", "brightness"))
+    lists.attributes[::2, :, ice] *= 0.1  # the first domain's
+    lists.attributes[:, :2, ice] = np.nan
+    lists.attributes[..., glass] = np.nan
+    statistics = features.fit(lists, words, SETTINGS)
+    share = 18 / lists.where.sum()
+    assert statistics.missing[ice] == pytest.approx(share) and statistics.missing[glass] == 1
+    lists.attributes[1, 3, never] = np.nan
+    lists.attributes[1, 4, glass] = 0.7
+    result = np.asarray(featurize(lists, statistics, words).attributes)
+    standard, flag = result[..., :A], result[..., A:]
+    assert (standard[:, :2, ice] == 0).all() and standard[1, 3, never] == 0
+    np.testing.assert_allclose(flag[:, :2, ice], 1 - share, rtol=1e-5)
+    np.testing.assert_allclose(flag[..., ice][lists.where & (np.arange(8) > 1)], -share, rtol=1e-5)
+    # Never or always missing in training: nothing was learned about it, so no flag.
+    assert (
+        (flag[..., never] == 0).all() and (flag[..., glass] == 0).all() and (standard[..., glass] == 0).all()
+    )
+    filled = features.fill(statistics, jax.tree.map(lambda x: x[1], features.encode(lists, words)))
+    assert filled[0, ice] == statistics.mean[1, ice] != statistics.mean[0, ice]
+
+
+def test_rule_by_hand(lists, words):
+    row = np.zeros(A, np.float32)
+    row[[column("clip_score"), column("compliance_score"), column("conflict_prob")]] = 0.3, 0.8, 0.25
+    row[column("brightness")] = 100
+    assert float(features.rule_score(row, NAMES)) == pytest.approx(0.2 * 0.3 + 0.7 * 0.8 - 0.3 * 0.25)
+    assert float(features.rule_score(row, ("clip_score",))) == pytest.approx(0.2 * 0.3)
+    assert float(features.rule_score(row, ())) == 0
+    base = np.asarray(featurize(lists, features.fit(lists, words, SETTINGS), words).base)[lists.where]
+    values = lists.attributes[lists.where]
+    rule = (0.2 * values[:, column("clip_score")] + 0.7 * values[:, column("compliance_score")]
+            - 0.3 * values[:, column("conflict_prob")])  # fmt: skip
+    np.testing.assert_allclose(base[:, 0], (rule - rule.mean()) / rule.std(), atol=1e-4)
+    p = np.clip(values[:, column("conflict_prob")], 0.01, 0.99)
+    np.testing.assert_allclose(base[:, 1], np.log(p / (1 - p)), atol=1e-4)
+
+
+def test_a_rule_that_was_constant_in_training_stays_in_its_own_units(lists, words):
+    for name in features.RULE:
+        lists.attributes[lists.where, column(name)] = np.nan
+    statistics = features.fit(lists, words, SETTINGS)
+    lists.attributes[0, :2, column("compliance_score")] = 0.5, 1.0
+    base = featurize(lists, statistics, words).base[0, :2, 0]
+    np.testing.assert_allclose(base, [0.35, 0.7], rtol=1e-5)
+
+
+@pytest.mark.parametrize("group", features.GROUPS)
+def test_a_group_switched_off_has_no_influence(lists, words, group):
+    lists.attributes[::2, 0] = np.nan  # so that there are indicators
+    statistics = features.fit(lists, words, SETTINGS)
+    off = np.array([features.ATTRIBUTES[name] == group for name in NAMES])
+    changed = np.where(off, np.random.default_rng(0).uniform(size=lists.attributes.shape), lists.attributes)
+    changed[1, 1, off] = np.nan
+    image, text = (1 - 3 * lists.image, lists.text) if group == "clip" else (lists.image, lists.text)
+    other = lists._replace(attributes=changed.astype(np.float32), image=image, text=text)
+    mask = features.group_mask(set(features.GROUPS) - {group})
+    assert mask.sum() == A - off.sum()
+    before = featurize(lists, statistics, words, mask)
+    assert_same_bits(before, featurize(other, statistics, words, mask))
+    assert (np.asarray(before.attributes)[..., np.tile(off, 2)] == 0).all()
+    assert (np.asarray(before.image) == 0).all() == (group == "clip")
+    seen = featurize(other, statistics, words)
+    assert np.abs(np.asarray(seen.attributes) - featurize(lists, statistics, words).attributes).max() > 0.1
+
+
+def test_without_the_clip_group_the_embeddings_are_out(lists, words):
+    statistics = features.fit(lists, words, SETTINGS)
+    without = featurize(lists, statistics, words, features.group_mask(("so", "conflict")))
+    other = lists._replace(image=lists.image * 2 + 1, text=lists.text * 2 + 1)
+    assert_same_bits(without, featurize(other, statistics, words, features.group_mask(("so", "conflict"))))
+
+
+def test_unknown_group():
+    for groups in (["clip", "color"], [""]):
+        with pytest.raises(ValueError, match=r"^--groups: unknown \['(color)?'\]"):
+            features.group_mask(groups)
+
+
+def test_principal_axes_have_the_wanted_size_and_are_orthogonal():
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(50, 6)) * [5, 3, 2, 1, 0.5, 0.1] + 10
+    mean, axes = features.principal_axes(vectors, 3, 0.6)
+    projected = (vectors - mean) @ axes
+    assert axes.shape == (6, 3)
+    assert np.sqrt(np.mean(projected**2)) == pytest.approx(0.6)
+    assert np.allclose(projected.mean(axis=0), 0)
+    gram = axes.T @ axes
+    np.testing.assert_allclose(gram, np.diag(np.diag(gram)), atol=1e-12)
+    np.testing.assert_allclose(np.diag(gram), gram[0, 0])  # the axes keep their proportions
+    covariance = np.cov(vectors.T, bias=True)
+    leading = np.linalg.eigh(covariance)[1][:, ::-1][:, :3]
+    np.testing.assert_allclose(np.abs(leading.T @ axes) / np.sqrt(gram[0, 0]), np.eye(3), atol=1e-8)
+
+
+def test_principal_axes_of_little():
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(3, 6))
+    assert features.principal_axes(vectors, 5, 1.0)[1].shape == (6, 2)  # three points span a plane
+    assert features.principal_axes(vectors[:1], 5, 1.0)[1].shape == (6, 0)
+    assert features.principal_axes(vectors, 0, 1.0)[1].shape == (6, 0)
+    assert [part.shape for part in features.principal_axes(np.zeros((3, 0)), 5, 1.0)] == [(0,), (0, 0)]
+    holed = np.vstack([vectors, np.full((2, 6), np.nan)])
+    assert_same_bits(features.principal_axes(holed, 5, 1.0), features.principal_axes(vectors, 5, 1.0))
+    nothing = features.principal_axes(np.full((2, 6), np.nan), 5, 1.0)
+    assert nothing[1].shape == (6, 0) and np.isfinite(nothing[0]).all()
+
+
+def test_lists_without_embeddings(words):
+    lists = development(queries=9, d=0).lists
+    statistics = features.fit(lists, words, SETTINGS)
+    result = featurize(lists, statistics, words)
+    assert result.image.shape == (9, 8, 0) and result.query.shape == (9, len(words.constraints))
+
+
+def test_a_missing_embedding_projects_to_the_mean(lists, words):
+    statistics = features.fit(lists, words, SETTINGS)
+    lists.image[0, 0], lists.text[1] = np.nan, np.nan
+    result = featurize(lists, statistics, words)
+    assert (result.image[0, 0] == 0).all() and np.abs(result.image[0, 1]).max() > 0.01
+    assert (result.query[1, :3] == 0).all() and np.abs(result.query[0, :3]).max() > 0.01
+
+
+@pytest.mark.parametrize("garbage", [np.nan, 1e6])
+def test_padding_is_zero_and_changes_no_candidate(lists, words, garbage):
+    more = padded(lists, 3, garbage)
+    statistics = features.fit(lists, words, SETTINGS)
+    assert_same_bits(features.fit(more, words, SETTINGS), statistics)
+    alone, beside = featurize(lists, statistics, words), featurize(more, statistics, words)
+    np.testing.assert_allclose(beside.query, alone.query, atol=1e-6)
+    for name in ("image", "attributes", "base"):
+        np.testing.assert_allclose(getattr(beside, name)[:, :8], getattr(alone, name), atol=1e-5)
+        assert (np.asarray(getattr(beside, name))[~more.where] == 0).all()
+
+
+def test_statistics_know_nothing_but_training_rows():
+    clean = development()
+    lists = clean.lists
+    rng = np.random.default_rng(0)
+    lists.y[:4, 0] = np.nan  # rows without a label are not learned from either
+    outside = ~lists.labelled | clean.validation[:, None]
+
+    def poisoned(values):
+        noise = rng.normal(size=values.shape) * 1e6
+        return np.where(outside.reshape(outside.shape + (1,) * (values.ndim - 2)), noise, values)
+
+    other = lists._replace(
+        attributes=poisoned(lists.attributes).astype(np.float32),
+        image=poisoned(lists.image).astype(np.float32),
+        text=np.where(clean.validation[:, None], 1e6, lists.text).astype(np.float32),
+        y=np.where(clean.validation[:, None], 1e6, lists.y).astype(np.float32),
+        domain=np.where(clean.validation, "only there", lists.domain),
+        constraints=tuple(("ice=none",) if v else c
+                          for v, c in zip(clean.validation, lists.constraints, strict=True)),
+    )  # fmt: skip
+    config = TrainConfig(folds=0, image_components=4, text_components=2)
+    one, two = (fitting.set_up(d, config, ndcg) for d in (clean, clean._replace(lists=other)))
+    assert one.vocabulary == two.vocabulary
+    assert_same_bits(one.statistics, two.statistics)
+    learned = lists.labelled & ~clean.validation[:, None]
+    assert_same_bits(one.inputs.attributes[learned], two.inputs.attributes[learned])
+    assert_same_bits(one.inputs.image[learned], two.inputs.image[learned])
+    # And a training row does count.
+    lists.attributes[5, 1] += 1
+    assert not np.array_equal(fitting.set_up(clean, config, ndcg).statistics.mean, one.statistics.mean)

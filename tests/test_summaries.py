@@ -1,0 +1,94 @@
+"""Event files: written without TensorFlow, read back by TensorBoard's own reader."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.compat.proto.summary_pb2 import SummaryMetadata
+from tensorboard.plugins.hparams import plugin_data_pb2
+from tensorboard.util.tensor_util import make_ndarray
+
+from cotrr.summaries import SummaryWriter
+
+
+def read(logdir):
+    accumulator = EventAccumulator(str(logdir), size_guidance={"scalars": 0, "tensors": 0})
+    accumulator.Reload()
+    return accumulator
+
+
+def test_scalars_come_back_and_undefined_ones_leave_a_gap(tmp_path):
+    with SummaryWriter(tmp_path) as writer:
+        for step, value in enumerate((1.5, np.nan, 0.5, np.inf)):
+            writer.scalars({"train/total": value, "train/penalty": np.float32(step)}, step)
+    events = read(tmp_path)
+    assert sorted(events.Tags()["scalars"]) == ["train/penalty", "train/total"]
+    assert [(e.step, e.value) for e in events.Scalars("train/total")] == [(0, 1.5), (2, 0.5)]
+    assert [(e.step, e.value) for e in events.Scalars("train/penalty")] == [(i, i) for i in range(4)]
+
+
+def test_histogram_counts_every_value(tmp_path):
+    values = np.random.default_rng(0).normal(size=(4, 25)).astype(np.float32)
+    with SummaryWriter(tmp_path) as writer:
+        writer.histogram("parameters/heads", values, 7)
+    (event,) = read(tmp_path).Tensors("parameters/heads")
+    buckets = make_ndarray(event.tensor_proto)
+    assert event.step == 7 and buckets[:, 2].sum() == 100
+    assert buckets[0, 0] == pytest.approx(values.min()) and buckets[-1, 1] == pytest.approx(values.max())
+
+
+def test_text_comes_back(tmp_path):
+    with SummaryWriter(tmp_path) as writer:
+        writer.text("config", "**λ** = 0.7")
+    events = read(tmp_path)
+    assert make_ndarray(events.Tensors("config")[0].tensor_proto).item().decode() == "**λ** = 0.7"
+    assert events.SummaryMetadata("config").plugin_data.plugin_name == "text"
+
+
+def hparams_of(events, tag) -> plugin_data_pb2.HParamsPluginData:
+    metadata: SummaryMetadata = events.SummaryMetadata(tag)
+    assert metadata.plugin_data.plugin_name == "hparams"
+    return plugin_data_pb2.HParamsPluginData.FromString(metadata.plugin_data.content)
+
+
+def test_hparams_make_one_finished_row(tmp_path):
+    values = {"hidden": 8, "rate": 0.01, "groups": "clip,so", "quick": True, "sizes": (1, 2)}
+    with SummaryWriter(tmp_path) as writer:
+        writer.hparams(values, ("validation/loss", "validation/metric"))
+        writer.end_session()
+    events = read(tmp_path)
+    experiment = hparams_of(events, "_hparams_/experiment").experiment
+    assert [info.name for info in experiment.hparam_infos] == list(values)
+    assert [m.name.tag for m in experiment.metric_infos] == ["validation/loss", "validation/metric"]
+    row = hparams_of(events, "_hparams_/session_start_info").session_start_info.hparams
+    assert (row["hidden"].number_value, row["rate"].number_value) == (8, 0.01)
+    assert (row["groups"].string_value, row["quick"].bool_value) == ("clip,so", True)
+    assert row["sizes"].string_value == "(1, 2)"
+    end = hparams_of(events, "_hparams_/session_end_info").session_end_info
+    assert plugin_data_pb2.DESCRIPTOR.pool.FindEnumTypeByName("tensorboard.hparams.Status").values_by_number[
+        end.status
+    ].name == "STATUS_SUCCESS"  # fmt: skip
+    assert end.end_time_secs > 1.7e9
+
+
+SCRIPT = """
+import sys
+sys.modules["tensorflow"] = None  # importing it fails, whether it is installed or not
+from cotrr.summaries import SummaryWriter
+with SummaryWriter(sys.argv[1]) as writer:
+    writer.scalars({"a": 1.0}, 0)
+    writer.histogram("h", [1.0, 2.0], 0)
+    writer.text("t", "words")
+    writer.hparams({"x": 1}, ("a",))
+    writer.end_session()
+assert not [name for name in sys.modules if name.startswith("tensorflow.")]
+assert sys.modules["tensorflow"] is None
+"""
+
+
+def test_tensorflow_is_not_needed(tmp_path):
+    done = subprocess.run([sys.executable, "-c", SCRIPT, tmp_path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert read(tmp_path).Scalars("a")[0].value == 1.0
