@@ -1,7 +1,7 @@
 r"""The whole road in one go: simulate (or take a real run), generate, train, evaluate, rerank.
 
-    python -m experiments.demo                      # a simulated run, known truth
-    python -m experiments.demo --input=runs/latest  # a run of your own
+python -m experiments.demo                      # a simulated run, known truth
+python -m experiments.demo --input=runs/latest  # a run of your own
 """
 
 import json

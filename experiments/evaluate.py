@@ -123,7 +123,7 @@ def ladder(model: artifact.Model, lists: Lists, scored: artifact.Scored) -> list
     if not np.isnan(lists.dual_score[lists.where]).all():
         dual = np.where(np.isnan(lists.dual_score), -np.inf, lists.dual_score)
         systems.append(System("Step 4 dual_score", "Step 4's fused score as it is", dual))
-    systems.append(System("+Reranker", model.name, scored.logit))
+    systems.append(System("+Reranker", model.version, scored.logit))
     return systems
 
 
@@ -190,7 +190,7 @@ def _data_facts(passport: dict, lists: Lists, kind: str) -> dict:
 
 def _model_facts(model: artifact.Model) -> dict:
     return {
-        "version": model.name,
+        "version": model.version,
         "members": int(model.final.sum()),
         "lanes": len(model.final),
         "best_epoch": model.provenance["best_epoch"],

@@ -57,8 +57,8 @@ def main() -> None:
     say(f"scored {lists.where.sum():,} candidates of {len(lists.query_id):,} queries "
         f"in {time.monotonic() - start:.1f} s")  # fmt: skip
     with files.replacing(output) as temporary, open(temporary, "wb") as out:
-        out.writelines(rerank.lines(reading.table, lists, scored, FLAGS.top_m, model.name))
-    done({"reranked": f"{output}  (model {model.name})"}, [])
+        out.writelines(rerank.lines(reading.table, lists, scored, FLAGS.top_m, model.version))
+    done({"reranked": f"{output}  (model {model.version})"}, [])
 
 
 def run() -> None:

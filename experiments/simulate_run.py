@@ -59,9 +59,7 @@ def check_place(output: pathlib.Path, overwrite: bool) -> None:
     if not any([(output / "manifest.json").exists(), *output.glob("scored*.jsonl*")]):
         return
     if not overwrite:
-        raise InputError(
-            "a run is here already", file=output, remedy="Give --overwrite to replace it"
-        )
+        raise InputError("a run is here already", file=output, remedy="Give --overwrite to replace it")
     if not (output / "truth.json").exists() or any(output.glob("scored-*.jsonl*")):
         raise InputError("this run was not simulated and stays", file=output, remedy="Name another")
 

@@ -92,9 +92,7 @@ def _prepare_workdir(workdir: pathlib.Path, config: TrainConfig) -> None:
     path, settings = workdir / "config.json", dataclasses.asdict(config) | {"data": FLAGS.data}
     if FLAGS.resume and path.exists():
         if json.loads(path.read_text()) != settings:
-            raise InputError(
-                "this run had other settings", file=path, remedy="Resume with the same flags"
-            )
+            raise InputError("this run had other settings", file=path, remedy="Resume with the same flags")
     elif path.exists() and not FLAGS.quick:
         say(f"starting anew in {workdir}")
     if not FLAGS.resume:
@@ -115,7 +113,7 @@ def train(setup: fitting.Setup, workdir: pathlib.Path, writer: SummaryWriter, ke
         for number in range(first, config.epochs):
             state, metrics = trainer.epoch(state, key, jnp.asarray(number))
             metrics = {name: np.asarray(values, np.float64) for name, values in metrics.items()}
-            _check_finite(metrics, number)
+            _check_finite(metrics, setup.lanes.held_out.any(axis=(1, 2)), number)
             _log(log, writer, metrics, number + 1)
             now = time.monotonic()
             if number == first:
@@ -134,12 +132,15 @@ def train(setup: fitting.Setup, workdir: pathlib.Path, writer: SummaryWriter, ke
     return state
 
 
-def _check_finite(metrics: dict[str, np.ndarray], number: int) -> None:
-    broken = np.flatnonzero(~np.isfinite(metrics["total"]))
-    if len(broken):
-        raise FloatingPointError(
-            f"the loss of lane {broken[0]} is {metrics['total'][broken[0]]} in epoch {number + 1}: "
-            f"--learning_rate={FLAGS.learning_rate} may be too high"
+def _check_finite(metrics: dict[str, np.ndarray], validated: np.ndarray, number: int) -> None:
+    fine = np.isfinite(metrics["total"]) & (np.isfinite(metrics["validation_loss"]) | ~validated)
+    if not fine.all():
+        lane = int(np.argmin(fine))
+        raise InputError(
+            f"the loss of lane {lane} is {metrics['total'][lane]} in training and "
+            f"{metrics['validation_loss'][lane]} in validation in epoch {number + 1}",
+            field="--learning_rate",
+            remedy=f"{FLAGS.learning_rate} may be too high",
         )
 
 

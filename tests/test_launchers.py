@@ -70,7 +70,16 @@ def test_training_leaves_all_that_scoring_and_looking_need(road):
 
 def test_report_says_the_same_in_three_ways(road):
     report = json.loads((road / "report" / "report.json").read_text())
-    assert {"metrics", "ladder", "deltas", "conflict", "slices", "acceptance", "data", "model"} <= report.keys()
+    assert {
+        "metrics",
+        "ladder",
+        "deltas",
+        "conflict",
+        "slices",
+        "acceptance",
+        "data",
+        "model",
+    } <= report.keys()
     assert [row["system"] for row in report["ladder"]][:3] == ["CLIP-only", "+SO", "+SO+Conflict"]
     for metric, figure in report["metrics"].items():
         low, high = figure["ci"]
@@ -201,8 +210,8 @@ def test_killed_training_resumes_to_the_same_bits(road, tmp_path):
 
 
 def test_silver_labels_are_flagged_everywhere(write_run, tmp_path):
-    lines = [scored_line(q, i, review=..., compliance_score=((q + i) % 7) / 7, conflict_prob=((q * i) % 5) / 5)
-             for q in range(40) for i in range(12)]  # fmt: skip
+    scores = lambda q, i: {"compliance_score": ((q + i) % 7) / 7, "conflict_prob": ((q * i) % 5) / 5}
+    lines = [scored_line(q, i, review=..., **scores(q, i)) for q in range(40) for i in range(12)]
     folder = write_run(lines)
     said = launch("generate_training_data", f"--input={folder}", f"--output={tmp_path / 'data'}",
                   "--fractions=0.5,0,0.5")  # fmt: skip
@@ -256,7 +265,9 @@ def test_wrong_calls_are_told_in_one_line(name, arguments, message, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["simulate_run", "generate_training_data", "train", "evaluate", "rerank", "demo"])
+@pytest.mark.parametrize(
+    "name", ["simulate_run", "generate_training_data", "train", "evaluate", "rerank", "demo"]
+)
 def test_help_explains_every_flag(name):
     said = subprocess.run(
         [sys.executable, "-m", f"experiments.{name}", "--help"], cwd=ROOT, capture_output=True, text=True
@@ -273,7 +284,9 @@ def test_photographs(shared, tmp_path):
            "--fractions=0.5,0,0.5")  # fmt: skip
     launch("train", f"--data={tmp_path / 'data'}", f"--workdir={tmp_path / 'm'}",
            "--flagfile=experiments/recipes/cotrr_lite.flags")  # fmt: skip
-    launch("evaluate", f"--model={tmp_path / 'm'}", f"--data={tmp_path / 'data'}", f"--output={tmp_path / 'r'}")
+    launch(
+        "evaluate", f"--model={tmp_path / 'm'}", f"--data={tmp_path / 'data'}", f"--output={tmp_path / 'r'}"
+    )
     report = json.loads((tmp_path / "r" / "report.json").read_text())
     delta = report["deltas"]["+Reranker"]["compliance@1"]
     assert delta["value"] >= 0.10

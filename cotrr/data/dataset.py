@@ -90,9 +90,7 @@ def read(folder: str | pathlib.Path, split: str) -> pa.Table:
     return pq.read_table(path)
 
 
-def write_lines(
-    run: runs.Run, table: pa.Table, path: pathlib.Path
-) -> dict[str, int]:
+def write_lines(run: runs.Run, table: pa.Table, path: pathlib.Path) -> dict[str, int]:
     """Writes the run's own lines with `split` and `y` added; dropped rows have split null.
 
     Lines in quarantine are left out, as they are from the table.  Returns the counts by split.

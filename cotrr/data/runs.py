@@ -338,9 +338,7 @@ def read_run(
     return Reading(reader.table(), _summarise(run, reader, bad, quarantine))
 
 
-def _summarise(
-    run: Run, reader: _Reader, bad: list, quarantine: pathlib.Path | None
-) -> dict[str, Any]:
+def _summarise(run: Run, reader: _Reader, bad: list, quarantine: pathlib.Path | None) -> dict[str, Any]:
     absent = [name for name, values in reader.columns.items()
               if name in ATTRIBUTES and all(v is None for v in values)]  # fmt: skip
     absent += [name for name, vectors in reader.vectors.items() if all(v is None for v in vectors)]

@@ -163,9 +163,7 @@ def _one_hot(index: Array, size: int) -> Array:
 # ---- the encoder
 
 
-def _code(
-    color: Array, glass: Array, garnish: Array, ice: Array, style: Array, scene: Array
-) -> Array:
+def _code(color: Array, glass: Array, garnish: Array, ice: Array, style: Array, scene: Array) -> Array:
     """Codes [n, c] of colour [n, colours], garnish [n, garnishes], scene [n, 2] and others [n]."""
     parts = {
         "color": color, "glass": _one_hot(glass, len(GLASSES)), "garnish": garnish,
@@ -216,9 +214,7 @@ def _make_drinks(
     word = _draw(rng, _tastes(simulation, "color")[style])[shoot]
     glass = _draw(rng, _tastes(simulation, "glass")[style])[shoot]
     ice = _draw(rng, _tastes(simulation, "ice")[style])[shoot]
-    garnish = (rng.random((count, len(GARNISHES))) < 1.5 * _tastes(simulation, "garnish")[style])[
-        shoot
-    ]
+    garnish = (rng.random((count, len(GARNISHES))) < 1.5 * _tastes(simulation, "garnish")[style])[shoot]
     lab = np.array(list(PROTOTYPE.values()), float)[word]
     lab = lab + rng.normal(0, 7, (count, 3))[shoot] + rng.normal(0, 2, (count, 3))
     cloudy = np.select(

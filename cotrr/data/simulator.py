@@ -96,9 +96,7 @@ def _scores(query: Query, catalogue: Catalogue, index: Array) -> tuple[dict[str,
     score = np.round((weight * broken * np.round(confidence, 3)).sum(axis=1), 4)
     glass = seen.glass == query.want["glass"] if query.want["glass"] >= 0 else seen.glass >= 0
     garnish, clarity = seen.garnish, clarity_wanted(query)
-    garnish = (
-        garnish[:, query.want["garnish"]] if query.want["garnish"] >= 0 else garnish.any(axis=1)
-    )
+    garnish = garnish[:, query.want["garnish"]] if query.want["garnish"] >= 0 else garnish.any(axis=1)
     temperature = np.where(broken[:, 4], confidence[:, 4], 1 - confidence[:, 4])
     columns = {name: column[index] for name, column in catalogue.pixels.items()} | {
         "clip_score": np.round(catalogue.embedding[index] @ query.embedding, 6),
@@ -112,18 +110,13 @@ def _scores(query: Query, catalogue: Catalogue, index: Array) -> tuple[dict[str,
         "conflict_prob": 1 / (1 + np.exp(1.5 - 3 * score)),
         "conflict_calibrated": 1 / (1 + np.exp(0.3 - 2.5 * score)),
         "temperature_conflict": temperature if query.want["ice"] >= 0 else np.zeros(len(index)),
-        "clarity_conflict": np.abs(seen.haze - clarity)
-        if clarity is not None
-        else np.zeros(len(index)),
+        "clarity_conflict": np.abs(seen.haze - clarity) if clarity is not None else np.zeros(len(index)),
     }
     columns = {
-        name: column if name == "clip_score" else np.round(column, 4)
-        for name, column in columns.items()
+        name: column if name == "clip_score" else np.round(column, 4) for name, column in columns.items()
     }
     fused = (
-        0.7 * columns["compliance_score"]
-        + 0.3 * (1 - columns["conflict_prob"])
-        + 0.2 * columns["clip_score"]
+        0.7 * columns["compliance_score"] + 0.3 * (1 - columns["conflict_prob"]) + 0.2 * columns["clip_score"]
     )
     return columns | {"dual_score": np.round(fused, 6)}, broken
 
@@ -138,17 +131,13 @@ class Batch(NamedTuple):
     scores: dict[str, Array]  # ranking -> [n], best highest
 
 
-def _review(
-    simulation: Simulation, rng: Generator, query: Query, true: Drinks
-) -> tuple[Array, Array]:
+def _review(simulation: Simulation, rng: Generator, query: Query, true: Drinks) -> tuple[Array, Array]:
     """The reviewer's compliance [n] and broken rules [n, rules]."""
     count = len(true.glass)
     noisy = true_compliance(query, true) + simulation.reviewer_noise * rng.normal(size=count)
     want = query.want
     # A reviewer errs only about what the query is about.
-    about = np.array(
-        [True, *(index >= 0 for index in want.values()), clarity_wanted(query) is not None]
-    )
+    about = np.array([True, *(index >= 0 for index in want.values()), clarity_wanted(query) is not None])
     flipped = (rng.random((count, len(RULES))) < simulation.reviewer_error) & about
     return np.round(np.clip(noisy, 0, 1) * 20) / 20, conflicts_by_rule(query, true) ^ flipped
 

@@ -70,9 +70,7 @@ def split_rows(
         smallest = np.full(component.max() + 1, np.inf)
         np.minimum.at(smallest, component, unit[picture])
         # The smallest of n uniform numbers is not uniform: hash it once more.
-        split = choose(unit_hash("component", [f"{u:.17g}" for u in smallest], salt), fractions)[
-            component
-        ]
+        split = choose(unit_hash("component", [f"{u:.17g}" for u in smallest], salt), fractions)[component]
     else:
         by_query = choose(unit_hash("query_id", queries, salt), fractions)[query]
         by_picture = choose(unit, fractions)[picture]

@@ -31,9 +31,7 @@ def resample_counts(key: jax.Array, replicate: jax.Array, queries: int) -> jax.A
 
 
 @partial(jax.jit, static_argnames=("statistic", "queries", "resamples"))
-def _replicates(
-    key: jax.Array, data: Any, *, statistic: Callable, queries: int, resamples: int
-) -> jax.Array:
+def _replicates(key: jax.Array, data: Any, *, statistic: Callable, queries: int, resamples: int) -> jax.Array:
     def one(replicate: jax.Array) -> jax.Array:
         return statistic(resample_counts(key, replicate, queries), data)
 

@@ -114,9 +114,7 @@ class Engine(NamedTuple):
 
     def _intervals(self, statistic: Any, data: Any) -> bootstrap.Interval:
         data = jax.tree.map(jnp.asarray, data)
-        return bootstrap.intervals(
-            statistic, data, self.queries, seed=self.seed, resamples=self.resamples
-        )
+        return bootstrap.intervals(statistic, data, self.queries, seed=self.seed, resamples=self.resamples)
 
     def means(self, columns: list[Column]) -> dict[tuple[str, ...], Figure]:
         """The mean of each column over the queries that define it."""
@@ -210,6 +208,7 @@ def _why(figures: dict[str, Figure], why: str) -> dict[str, Figure]:
 def conflicts(engine: Engine, probabilities: dict[str, np.ndarray], lists: Lists) -> dict[str, Any]:
     """AUC, ECE, Brier score and reliability of conflict probabilities [Q, n] by system.
 
+    The first system is the model, whose AUC and ECE stand in front as well.
     Candidates without a probability (NaN) are left out and counted by n.  A silver label is itself
     a probability: it counts as a conflict from one half on.
     """
@@ -227,6 +226,8 @@ def conflicts(engine: Engine, probabilities: dict[str, np.ndarray], lists: Lists
             "brier": brier[0],
             "reliability": reliability(engine, query, p, outcome),
         }
+    model = next(iter(result["systems"].values()))
+    result |= {"auc": model["auc"], "ece": model["ece"]}
     positive = np.where(labelled, lists.conflict >= 0.5, 0).sum(axis=1)
     result["positive_rate"] = engine.shares(positive[:, None].astype(float), labelled.sum(axis=1))[0]
     return result

@@ -155,9 +155,7 @@ def thresholds(report: Dict) -> dict[str, float]:
 def panels(rows: Mapping[str, Dict], lines: Dict, shared: bool = False) -> list[dict[str, Any]]:
     """One panel a metric of {row: {metric: figure}}; `shared`: differences, all on one scale."""
     metrics = dict.fromkeys(metric for figures in rows.values() for metric in figures)
-    lines = (
-        {metric: {"zero": 0.0} | lines.get(metric, {}) for metric in metrics} if shared else lines
-    )
+    lines = {metric: {"zero": 0.0} | lines.get(metric, {}) for metric in metrics} if shared else lines
     drawn = [x for metric in metrics for x in lines.get(metric, {}).values()]
     every = extent(figure for figures in rows.values() for figure in figures.values())
     axis = nice_axis([*every, *drawn]) if shared else None

@@ -37,6 +37,7 @@ class Model(NamedTuple):
     calibration: Calibration
     provenance: dict[str, Any]  # data certificate, epochs, validation figures
     seen: dict[str, np.ndarray]  # hashes of the `query_id` and `canonical_id` learned from
+    version: str = ""  # the name and the hash of the weights; a model gets it by being saved
 
 
 class Scored(NamedTuple):
@@ -181,14 +182,18 @@ def _assemble(facts: dict[str, Any], weights: dict, seen: dict) -> Model:
             place[leaf] = weights[path]
     calibration = facts["calibration"]
     return Model(
-        name=facts["version"],
+        name=facts["name"],
         config=facts["config"],
         vocabulary=features.Vocabulary(*(tuple(facts["vocabulary"][k]) for k in ("domains", "constraints"))),
         statistics=features.Statistics(*(weights[f"statistics/{k}"] for k in features.Statistics._fields)),
         params=params,
         final=weights["final"],
-        calibration=Calibration(Platt(**calibration["rank"]), Platt(**calibration["conflict"]),
-                                calibration["radius"], calibration["queries"]),
+        calibration=Calibration(
+            *(Platt(float(calibration[head]["slope"]), float(calibration[head]["offset"]))
+              for head in ("rank", "conflict")),
+            float(calibration["radius"]), int(calibration["queries"]),
+        ),
         provenance=facts["provenance"],
         seen=seen,
+        version=facts["version"],
     )  # fmt: skip

@@ -106,9 +106,7 @@ def shrink(estimate: np.ndarray, variance: np.ndarray, centre: np.ndarray) -> np
     return centre + keep * known
 
 
-def domain_moments(
-    values: np.ndarray, domain: np.ndarray, domains: int
-) -> tuple[np.ndarray, np.ndarray]:
+def domain_moments(values: np.ndarray, domain: np.ndarray, domains: int) -> tuple[np.ndarray, np.ndarray]:
     """Mean and deviation [D + 1, A] by domain, shrunk to the global ones in the last row.
 
     `values` [N, A] with NaN for missing, `domain` [N].  An attribute that never varies gets an
@@ -135,9 +133,7 @@ def domain_moments(
     return np.vstack([mean, centre]), np.vstack([scale, everyone])
 
 
-def principal_axes(
-    vectors: np.ndarray, components: int, size: float
-) -> tuple[np.ndarray, np.ndarray]:
+def principal_axes(vectors: np.ndarray, components: int, size: float) -> tuple[np.ndarray, np.ndarray]:
     """Mean [d] and the leading axes [d, p] of `vectors` [N, d] (NaN rows left out).
 
     The axes keep their proportions; together they are scaled so that the projections of `vectors`

@@ -33,9 +33,7 @@ class Setup(NamedTuple):
     trainer: Trainer
 
 
-def set_up(
-    development: Development, config: TrainConfig, metric: Callable[..., jax.Array]
-) -> Setup:
+def set_up(development: Development, config: TrainConfig, metric: Callable[..., jax.Array]) -> Setup:
     """Fits the statistics on the rows to learn from and builds the trainer.
 
     Raises InputError where there is nothing to learn from or nothing held out.

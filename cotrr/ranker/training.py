@@ -94,9 +94,7 @@ def hyperparameters(config: TrainConfig) -> Hyperparameters:
     return Hyperparameters(*(getattr(config, name) for name in Hyperparameters._fields))
 
 
-def make_lanes(
-    lists: Lists, canonical_id: np.ndarray, validation: np.ndarray, config: TrainConfig
-) -> Lanes:
+def make_lanes(lists: Lists, canonical_id: np.ndarray, validation: np.ndarray, config: TrainConfig) -> Lanes:
     """Rows by lane; `canonical_id` [Q, n] object, `validation` [Q] bool: queries of that split.
 
     With folds, lane k holds out the labelled rows whose query and picture are both in fold k and
@@ -257,4 +255,3 @@ def make_examples(lists: Lists, features: Features, label_scale: np.ndarray) -> 
     Dividing by it normalises y inside its domain: monotone, so no pair changes its order.
     """
     return Examples(features, lists.y, lists.y / label_scale[:, None], lists.conflict)
-

@@ -55,7 +55,7 @@ def test_both_spellings_of_the_conflict_probability(write_run):
 
 
 @pytest.mark.parametrize(
-    "given, expected",
+    ("given", "expected"),
     [
         ({"query": "q", "id": "a"}, ("q", "default", "a", "a")),
         ({"query": "q", "query_id": "1", "canonical_id": "c"}, ("1", "default", "c", "c")),
@@ -193,9 +193,9 @@ def test_shards_gzip_and_latest_link(write_run, lines, tmp_path):
         out.write("".join(text[20:]) + "\n\n")
     (tmp_path / "latest").symlink_to(folder.name)
     table = runs.read_run(tmp_path / "latest").table
-    assert [f"{q}/{i}" for q, i in zip(table["query_id"].to_pylist(), table["id"].to_pylist(), strict=True)] == [
-        f"{l['query_id']}/{l['id']}" for l in lines
-    ]
+    assert [
+        f"{q}/{i}" for q, i in zip(table["query_id"].to_pylist(), table["id"].to_pylist(), strict=True)
+    ] == [f"{l['query_id']}/{l['id']}" for l in lines]
     whole = (folder / "scored-01.jsonl.gz").read_bytes()
     (folder / "scored-01.jsonl.gz").write_bytes(whole[:-30])
     with pytest.raises(InputError, match="gzip stream breaks"):

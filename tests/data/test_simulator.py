@@ -63,9 +63,7 @@ def test_same_settings_give_the_same_bytes_and_another_seed_others(
     ]  # fmt: skip
 
 
-def test_a_longer_run_begins_with_the_shorter_one(
-    run: pathlib.Path, tmp_path: pathlib.Path
-) -> None:
+def test_a_longer_run_begins_with_the_shorter_one(run: pathlib.Path, tmp_path: pathlib.Path) -> None:
     write_run(small(queries=7), tmp_path / "short")
     short = (tmp_path / "short" / "scored.jsonl").read_bytes()
     assert (run / "scored.jsonl").read_bytes().startswith(short)

@@ -294,6 +294,12 @@ class TestConflicts:
             queries = len(set(query[inside]))
             told[queries > 1] += 1
             assert (row["ci"] is None) == (queries < 2)
+            if row["ci"]:
+                there = np.bincount(query[inside].astype(int), minlength=Q)
+                seen = np.bincount(query[inside].astype(int), outcome[inside], minlength=Q)
+                n = weights() @ there
+                drawn = (weights() @ seen)[n > 0] / n[n > 0]
+                assert row["ci"] == pytest.approx(np.percentile(drawn, [2.5, 97.5]), abs=1e-6)
         assert min(told) > 0
         gaps = [
             row["n"] * abs(row["predicted"] - row["observed"]) for row in found["reliability"] if row["n"]
@@ -352,13 +358,15 @@ def test_coverage(lists):
 
 
 def test_counts():
-    compliance = np.array([[0.5, 0.2, 0.1], [0.0, 0.0, 0.0], [0.4, 0.9, 0.9], [0.3, 0.3, 0.3]])
-    where = np.array([[1, 1, 1], [1, 1, 0], [1, 0, 0], [1, 1, 1]], bool)
+    compliance = np.array(
+        [[0.5, 0.2, 0.1], [0.0, 0.0, 0.0], [0.4, 0.9, 0.9], [0.3, 0.3, 0.3], [0.9, 0.1, 0.2]]
+    )
+    where = np.array([[1, 1, 1], [1, 1, 0], [1, 0, 0], [1, 1, 1], [0, 0, 0]], bool)
     lists = make_lists(compliance, where=where)
-    flat, clear = np.zeros((4, 3)), np.tile(np.arange(3.0), (4, 1))
+    flat, clear = np.zeros((5, 3)), np.tile(np.arange(3.0), (5, 1))
     systems = [System("flat", "", flat), System("clear", "", clear), System("none", "", None)]
     found = evaluation.counts(systems, lists)
-    # Query 1 is tied among equals, query 2 is alone, query 3 is tied among equals.
+    # Query 1 is tied among equals, query 2 is alone, query 3 is tied among equals, query 4 has no labels.
     assert found["ties"] == {"flat": 1, "clear": 0}
     assert list(found["skipped"].values()) == [1, 1]
     assert "without any gain" in next(iter(found["skipped"]))

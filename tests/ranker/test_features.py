@@ -259,7 +259,7 @@ def test_lists_without_embeddings(words):
     lists = development(queries=9, d=0).lists
     statistics = features.fit(lists, words, SETTINGS)
     result = featurize(lists, statistics, words)
-    assert result.image.shape == (9, 8, 0) and result.query.shape == (9, len(words.constraints))
+    assert result.image.shape == (9, 8, 0) and result.query.shape == (9, 1 + len(words.constraints))
 
 
 def test_a_missing_embedding_projects_to_the_mean(lists, words):
@@ -267,7 +267,8 @@ def test_a_missing_embedding_projects_to_the_mean(lists, words):
     lists.image[0, 0], lists.text[1] = np.nan, np.nan
     result = featurize(lists, statistics, words)
     assert (result.image[0, 0] == 0).all() and np.abs(result.image[0, 1]).max() > 0.01
-    assert (result.query[1, :3] == 0).all() and np.abs(result.query[0, :3]).max() > 0.01
+    assert (result.query[1, 1:4] == 0).all() and np.abs(result.query[0, 1:4]).max() > 0.01
+    assert (result.query[:, 0] == 1).all()
 
 
 @pytest.mark.parametrize("garbage", [np.nan, 1e6])

@@ -14,7 +14,7 @@ from tests.ranker.synthetic import NAMES, development, padded, randomised
 LISTS = development(queries=6).lists
 WORDS = features.vocabulary(LISTS)
 STATISTICS = features.fit(LISTS, WORDS, features.Settings(4, 3, 0.6, 0.1))
-WIDTH, QUERY = 2 * len(NAMES) + 4, 3 + len(WORDS.constraints)
+WIDTH, QUERY = 2 * len(NAMES) + 4, 1 + 3 + len(WORDS.constraints)
 widths = pytest.mark.parametrize("hidden", [0, 8])
 
 
@@ -49,7 +49,7 @@ def test_it_starts_as_the_rule_of_step_4(hidden):
 def test_parameter_shapes(hidden):
     shapes = jax.tree.map(jnp.shape, started(hidden)["params"])
     expected = {
-        "query_weights": {"kernel": (QUERY, 2 * WIDTH), "bias": (2 * WIDTH,)},
+        "query_weights": {"kernel": (QUERY, 2 * WIDTH)},
         "query_offset": {"kernel": (QUERY, 2), "bias": (2,)},
         "base_scale": (2,),
     }
@@ -66,7 +66,7 @@ def test_scores_are_the_bilinear_form_plus_the_base():
     params, one = randomised(started(0)), of_query(1)
     p = params["params"]
     query, candidate = np.asarray(one.query), np.hstack([one.attributes, one.image])
-    weights = query @ p["query_weights"]["kernel"] + p["query_weights"]["bias"]
+    weights = query @ p["query_weights"]["kernel"]
     offset = query @ p["query_offset"]["kernel"] + p["query_offset"]["bias"]
     expected = candidate @ weights.reshape(WIDTH, 2) + offset + p["base_scale"] * np.asarray(one.base)
     scores = Reranker().apply(params, one)
