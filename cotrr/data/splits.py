@@ -37,7 +37,7 @@ def parse_fractions(words: Sequence[str]) -> tuple[float, ...]:
         shares = tuple(float(word) for word in words)
     except ValueError:
         shares = ()
-    if len(shares) != 3 or min(shares) < 0 or shares[0] == 0 or abs(sum(shares) - 1) > 1e-6:
+    if len(shares) != 3 or not (min(shares) >= 0 and shares[0] > 0 and abs(sum(shares) - 1) < 1e-6):
         raise ValueError(
             f"--fractions={','.join(words)}: expected train,validation,test, each at least 0, "
             "train above 0, adding up to 1, e.g. 0.7,0.15,0.15"

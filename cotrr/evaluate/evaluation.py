@@ -17,6 +17,7 @@ from cotrr.evaluate import bootstrap, calibration, metrics
 Figure = dict[str, Any]
 Number = float | np.ndarray  # a number, or an array of shape []
 KIND = "percentile bootstrap over queries"
+FEWEST = 10  # queries: at 5, a nominal 95 % percentile interval of a mean covers 84 % or less
 CONVENTIONS = {
     "compliance@1": "Mean compliance of the best-ranked candidate, mean over queries.",
     "compliance@3": "Mean compliance of the 3 best-ranked candidates (all, where there are fewer).",
@@ -27,10 +28,11 @@ CONVENTIONS = {
     "conflict_rate@1": "Share of best-ranked candidates that the reviewer calls conflicts.",
     "ties": "Every ranking metric is its expected value over the orders of tied scores.",
     "conflict AUC": "Pooled over candidates, ties count one half, undefined with one class.",
-    "ECE": "15 equal-width bins [a, b), the last one closed; plug-in estimate, biased upwards "
-    "where candidates are few.",
-    "interval": "95 % percentile interval of a bootstrap that resamples queries; all systems and "
-    "metrics share the resamples, so differences are paired.",
+    "ECE": "15 equal-width bins [a, b), the last one closed. The plug-in estimate is biased upwards "
+    "where candidates are few; its basic (reflected) interval takes the bias off, and may lie below it.",
+    "interval": "95 % percentile interval (ECE: basic) of a bootstrap that resamples queries; all systems "
+    "and metrics share the resamples, so differences are paired. None on fewer than 10 queries.",
+    "candidates": "Only candidates with a label of the kind evaluated are ranked and counted.",
 }  # fmt: skip
 
 
@@ -80,22 +82,28 @@ def figure(
     *,
     undefined: Number = 0,
     queries: int | None = None,
+    kind: str = KIND,
 ) -> Figure:
     """A figure of the report; undefined numbers are null and say why.
 
-    `undefined` resamples had no value.  Fewer than 2 `queries` behind the value have no interval: one
-    query resampled is itself, and an interval of no width would be a lie.
+    `undefined` resamples had no value.  Fewer than FEWEST `queries` behind the value have no
+    interval, since it would be much too narrow; nor has a value that no resample changes.
     """
-    if queries is not None and queries < 2:
+    if queries is not None and queries < FEWEST:
         low, high, undefined = np.nan, np.nan, 0
-        why = why or ("one query alone has no interval" if queries else "")
+        why = why or (f"{queries} of at least {FEWEST} queries for an interval" if queries else "")
+    elif high - low < 1e-6:
+        low, high = np.nan, np.nan
+        why = why or "all resamples agree, so the bootstrap cannot tell"
     known, bounded = bool(np.isfinite(value)), bool(np.isfinite(low) and np.isfinite(high))
     result: Figure = {
         "value": float(value) if known else None,
         "ci": [float(low), float(high)] if known and bounded else None,
         "n": int(n),
-        "kind": KIND,
+        "kind": kind,
     }
+    if queries is not None and queries != n:
+        result["queries"] = queries  # n counts candidates, and this what was resampled
     if not known:
         result["why"] = why or "no query defines it"
     elif not bounded:
@@ -152,8 +160,12 @@ class Engine(NamedTuple):
         """ECE with 15 bins of N candidates."""
         sums = calibration.bin_sums(query, probability, outcome, self.queries)
         found = self._intervals(bootstrap.weighted_ece, sums.astype(np.float32))
-        return figure(calibration.ece(sums.sum(axis=0)), found.low, found.high, len(probability),
-                      undefined=found.undefined, queries=len(np.unique(query)))  # fmt: skip
+        value = calibration.ece(sums.sum(axis=0))
+        # Resampling adds to the plug-in ECE the bias that sampling has added already: where the
+        # percentile interval doubles it, the reflected one takes it off.
+        low, high = np.maximum(0.0, 2 * value - found.high), np.maximum(0.0, 2 * value - found.low)
+        return figure(value, low, high, len(probability), undefined=found.undefined,
+                      queries=len(np.unique(query)), kind="basic bootstrap over queries")  # fmt: skip
 
 
 def _weighted_shares(counts: jax.Array, data: jax.Array) -> jax.Array:

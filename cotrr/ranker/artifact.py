@@ -189,11 +189,16 @@ def _assemble(facts: dict[str, Any], weights: dict, seen: dict) -> Model:
         params=params,
         final=weights["final"],
         calibration=Calibration(
-            *(Platt(float(calibration[head]["slope"]), float(calibration[head]["offset"]))
-              for head in ("rank", "conflict")),
-            float(calibration["radius"]), int(calibration["queries"]),
+            rank=_platt(calibration["rank"]),
+            conflict=_platt(calibration["conflict"]),
+            radius=float(calibration["radius"]),
+            queries=int(calibration["queries"]),
         ),
         provenance=facts["provenance"],
         seen=seen,
         version=facts["version"],
     )  # fmt: skip
+
+
+def _platt(facts: dict[str, Any]) -> Platt:
+    return Platt(float(facts["slope"]), float(facts["offset"]))

@@ -15,7 +15,8 @@ from tests.conftest import scored_line
 def test_reads_every_field(write_run):
     line = scored_line(0, 0, object_area=0.2, glass_ratio=0.1, garnish_ratio=0.05, ice_ratio=0.0,
                        brightness=0.5, contrast=0.4, saturation=0.3, conflict_calibrated=0.2,
-                       temperature_conflict=0.1, clarity_conflict=0.9, dual_score=1.5, clip_score=0.7)  # fmt: skip
+                       temperature_conflict=0.1, clarity_conflict=0.9, dual_score=1.5,
+                       clip_score=0.7)  # fmt: skip
     table = runs.read_run(write_run([line])).table
     for name in set(ATTRIBUTES) - {"strong_conflicts", "soft_conflicts"}:
         assert table[name].to_pylist() == [line[name]], name
@@ -88,7 +89,8 @@ BAD_LINES = {
     "beyond float32": (scored_line(0, 0, image_embedding=[1e300, 1, 1, 1]), "float32", "image_embedding"),
     "other length": (scored_line(0, 1, image_embedding=[1.0, 2.0]), "2 numbers where", "image_embedding"),
     "all zeros": (scored_line(0, 0, text_embedding=[0, 0, 0, 0]), "all zeros", "text_embedding"),
-    "unknown label": (scored_line(0, 0, review={"compliance": 0.5, "conflict": 2}), "enum", "review.conflict"),
+    "unknown label": (scored_line(0, 0, review={"compliance": 0.5, "conflict": 2}),
+                      "enum", "review.conflict"),
     "half a label": (scored_line(0, 0, review={"compliance": 0.5}), "missing", "review.conflict"),
     "unknown severity": (scored_line(0, 0, conflicts=[{"type": "a", "severity": "medium", "confidence": 1}]),
                          "'medium'", "conflicts[0].severity"),

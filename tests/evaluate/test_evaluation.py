@@ -10,10 +10,21 @@ from sklearn.metrics import brier_score_loss, roc_auc_score
 
 from cotrr.data.lists import Lists
 from cotrr.evaluate import bootstrap, calibration, evaluation
+from cotrr.evaluate.acceptance import judge
 from cotrr.evaluate.evaluation import Engine, System
 
 Q, N, B = 8, 5, 100  # one shape for most tests
 ENGINE = Engine(queries=Q, seed=3, resamples=B)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def fewest():
+    """These lists are small: intervals from two queries on, but where a test says otherwise."""
+    real, evaluation.FEWEST = evaluation.FEWEST, 2
+    yield real
+    evaluation.FEWEST = real
+
+
 NAMES = ("compliance@1", "compliance@3", "compliance@5", "ndcg@10", "ndcg_y@10", "conflict_rate@1")
 
 
@@ -116,6 +127,14 @@ def check_figures(report):
             assert figure["ci"][0] <= figure["ci"][1]
 
 
+def assert_interval(found, expected):
+    """The expected bounds, or none where they coincide."""
+    if expected[1] - expected[0] < 1e-6:
+        assert found is None
+    else:
+        assert found == pytest.approx(expected, abs=1e-6)
+
+
 class TestRanking:
     def test_values_and_intervals(self, lists, systems, ranked):
         found = ranked
@@ -145,12 +164,21 @@ class TestRanking:
                 difference = values[better][name] - values[worse][name]
                 apart = shown[better][name]["value"] - shown[worse][name]["value"]
                 assert figures[name]["value"] == pytest.approx(apart, abs=1e-6)
-                assert figures[name]["ci"] == pytest.approx(bounds(difference), abs=1e-6)
+                assert_interval(figures[name]["ci"], bounds(difference))
 
     def test_equal_systems_differ_by_exactly_nothing(self, lists, systems):
         twins = [*systems[:2], systems[0]._replace(name="twin")]
         for figure in evaluation.ranking(ENGINE, twins, lists)["deltas"]["twin"].values():
-            assert (figure["value"], figure["ci"]) == (0.0, [0.0, 0.0])
+            assert (figure["value"], figure["ci"]) == (0.0, None)
+            assert "all resamples agree" in figure["why"]
+
+    def test_few_queries_have_no_interval(self, lists, systems, monkeypatch, fewest):
+        assert fewest == 10
+        monkeypatch.setattr(evaluation, "FEWEST", Q + 1)
+        found = evaluation.ranking(ENGINE, systems, lists)
+        for figure in found["metrics"].values():
+            assert (figure["ci"], figure["value"] is None) == (None, False)
+            assert f"of at least {Q + 1} queries" in figure["why"]
 
     def test_slices(self, lists, systems, ranked):
         found = ranked["slices"]
@@ -162,7 +190,7 @@ class TestRanking:
                 figure, delta = found[domain]["metrics"][name], found[domain]["deltas"][name]
                 only = np.where(inside, model[name], np.nan)
                 assert figure["value"] == pytest.approx(np.nanmean(only), abs=1e-6)
-                assert figure["ci"] == pytest.approx(bounds(only), abs=1e-6)
+                assert_interval(figure["ci"], bounds(only))
                 assert delta["value"] == pytest.approx(
                     np.nanmean((model[name] - base[name])[inside]), abs=1e-6
                 )
@@ -173,7 +201,7 @@ class TestRanking:
         for figure in ranked["slices"]["c"]["metrics"].values():
             assert figure["value"] is not None
             assert (figure["ci"], figure["n"]) == (None, 1)
-            assert "one query" in figure["why"]
+            assert "1 of at least 2 queries" in figure["why"]
 
     def test_resamples_without_the_slice_are_counted(self, lists, ranked):
         without = int((weights()[:, lists.domain == "a"].sum(axis=1) == 0).sum())
@@ -216,7 +244,7 @@ class TestRanking:
         assert found["conflict"]["systems"]["model"]["auc"]["value"] == 1.0
         for figure in figures_of(found):
             assert figure["ci"] is None
-            assert "one query" in figure["why"]
+            assert "1 of at least 2 queries" in figure["why"]
         assert all(row["ci"] is None for row in found["conflict"]["systems"]["model"]["reliability"])
 
     def test_constant_metric(self, lists, systems):
@@ -225,7 +253,8 @@ class TestRanking:
         check_figures(found)
         for name in ("compliance@1", "compliance@3"):
             assert found["metrics"][name]["value"] == pytest.approx(0.75, abs=1e-6)
-            assert found["metrics"][name]["ci"] == pytest.approx([0.75, 0.75], abs=1e-6)
+            assert found["metrics"][name]["ci"] is None  # not [0.75, 0.75]: that would claim certainty
+            assert "all resamples agree" in found["metrics"][name]["why"]
             assert found["deltas"]["model"][name]["value"] == pytest.approx(0, abs=1e-6)
         assert found["metrics"]["ndcg@10"]["value"] == pytest.approx(1.0, abs=1e-6)
 
@@ -277,6 +306,29 @@ class TestConflicts:
         assert found["auc"]["ci"] == pytest.approx(expected[0], abs=1e-5)
         assert found["brier"]["ci"] == pytest.approx(expected[1], abs=1e-6)
 
+    def test_ece_interval_is_reflected(self, lists, probability):
+        found = evaluation.conflicts(ENGINE, {"model": probability}, lists)["systems"]["model"]["ece"]
+        query, p, outcome = rows_of(lists, probability)
+        bins = np.minimum((p * 15).astype(int), 14)
+        drawn = []
+        for counts in weights():
+            often = counts[query.astype(int)]
+            gaps = [abs((often * (p - outcome))[bins == i].sum()) for i in range(15)]
+            drawn.append(sum(gaps) / often.sum())
+        low, high = np.percentile(drawn, [2.5, 97.5])
+        expected = np.maximum(0, 2 * found["value"] - np.array([high, low]))
+        assert found["ci"] == pytest.approx(expected, abs=1e-6)
+        assert found["kind"].startswith("basic")
+
+    def test_ece_of_a_calibrated_model_is_not_called_bad(self):
+        rng, verdicts = np.random.default_rng(0), []
+        for _ in range(20):
+            p = rng.random((60, N)).astype(np.float32)
+            outcome = (rng.random((60, N)) < p).astype(np.float32)
+            found = evaluation.conflicts(Engine(60, 0, 200), {"m": p}, make_lists(p, conflict=outcome))
+            verdicts.append(judge(found["ece"], 0.05, at_least=False))
+        assert verdicts.count("not met") <= 4
+
     def test_reliability(self, lists, probability):
         found = evaluation.conflicts(ENGINE, {"model": probability}, lists)["systems"]["model"]
         query, p, outcome = rows_of(lists, probability)
@@ -293,7 +345,7 @@ class TestConflicts:
             assert row["observed"] == pytest.approx(outcome[inside].mean())
             queries = len(set(query[inside]))
             told[queries > 1] += 1
-            assert (row["ci"] is None) == (queries < 2)
+            assert row["ci"] is None or queries >= 2
             if row["ci"]:
                 there = np.bincount(query[inside].astype(int), minlength=Q)
                 seen = np.bincount(query[inside].astype(int), outcome[inside], minlength=Q)
