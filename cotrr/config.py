@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from absl import app, flags, logging
 
-from cotrr.data.contract import InputError
+from cotrr.errors import InputError
 
 T = TypeVar("T")
 _DEFINE: dict[type, Any] = {int: flags.DEFINE_integer, float: flags.DEFINE_float,

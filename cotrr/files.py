@@ -50,6 +50,12 @@ def sha256(path: str | pathlib.Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def digest(value: Any) -> str:
+    """SHA-256 of a value's canonical JSON."""
+    text = json.dumps(finite(value), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def remove(folder: str | pathlib.Path, names: Iterable[str]) -> None:
     """Removes files and folders of these names, where they are."""
     for name in names:

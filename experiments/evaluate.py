@@ -8,19 +8,18 @@ Writes report.json, report.md and report.html.  Refuses rows that the model has 
 
 import datetime
 import pathlib
-import time
 
-import jax
 import numpy as np
 import pyarrow as pa
 from absl import flags
 
+from cotrr import files
 from cotrr.config import launch
 from cotrr.data import certificate, dataset, labels
-from cotrr.data.contract import InputError
 from cotrr.data.lists import Lists, to_lists
-from cotrr.evaluate import acceptance, evaluation, failures, report
-from cotrr.evaluate.evaluation import Engine, System
+from cotrr.errors import InputError
+from cotrr.evaluate import acceptance, evaluation, failures, report, systems
+from cotrr.evaluate.evaluation import Engine
 from cotrr.ranker import artifact, features
 from experiments.terminal import done, say, warn
 
@@ -103,32 +102,8 @@ def _labelled_lists(table: pa.Table) -> tuple[Lists, str]:
     return lists.take(judged), kind
 
 
-def ladder(model: artifact.Model, lists: Lists, scored: artifact.Scored) -> list[System]:
-    """CLIP-only → +SO → +SO+Conflict (Step 4's own scores) → +Reranker."""
-    encoded = features.encode(lists, model.vocabulary)
-    filled = np.asarray(jax.vmap(features.fill, in_axes=(None, 0))(model.statistics, encoded))
-    column = {name: i for i, name in enumerate(features.NAMES)}
-    steps = {
-        "CLIP-only": ("clip_score",),
-        "+SO": ("clip_score", "compliance_score"),
-        "+SO+Conflict": ("clip_score", "compliance_score", "conflict_prob"),
-    }
-    systems = []
-    for name, terms in steps.items():
-        absent = [t for t in terms if np.isnan(lists.attributes[..., column[t]][lists.where]).all()]
-        weights = " + ".join(f"{features.RULE[t]:g}·{t}" for t in terms).replace("+ -", "- ")
-        scores = np.asarray(features.rule_score(filled, terms))
-        why = f"{', '.join(absent)} is missing everywhere" if absent else ""
-        systems.append(System(name, weights, None if absent else scores, why))
-    if not np.isnan(lists.dual_score[lists.where]).all():
-        dual = np.where(np.isnan(lists.dual_score), -np.inf, lists.dual_score)
-        systems.append(System("Step 4 dual_score", "Step 4's fused score as it is", dual))
-    systems.append(System("+Reranker", model.version, scored.logit))
-    return systems
-
-
 def _measure(model, engine: Engine, table, lists: Lists, scored: artifact.Scored) -> dict:
-    systems = ladder(model, lists, scored)
+    rungs = systems.ladder(model, lists, scored)
     step4 = lists.attributes[..., features.NAMES.index("conflict_prob")]
     probabilities = {"reranker": scored.p_conflict}
     if not np.isnan(step4[lists.where]).all():
@@ -140,37 +115,13 @@ def _measure(model, engine: Engine, table, lists: Lists, scored: artifact.Scored
                      f"--split={FLAGS.split} --resamples={engine.resamples} --seed={engine.seed} "
                      f"--output={FLAGS.output}"],
         "conventions": evaluation.CONVENTIONS,
-        **evaluation.ranking(engine, systems, lists),
+        **evaluation.ranking(engine, rungs, lists),
         "conflict": evaluation.conflicts(engine, probabilities, lists),
         "uncertainty": evaluation.coverage(engine, scored.low, scored.high, lists),
-        **evaluation.counts(systems, lists),
+        **evaluation.counts(rungs, lists),
         "examples": failures.largest(table, lists, scored.logit, scored),
-        "latency": {} if FLAGS.quick else latency(model, lists),
+        "latency": {} if FLAGS.quick else systems.latency(model, lists),
     }  # fmt: skip
-
-
-def latency(model: artifact.Model, lists: Lists, calls: int = 300) -> dict:
-    """Milliseconds to score one query at a time, features included, with the JAX scorer."""
-    one = lambda q: artifact.score(model, lists.take(np.array([q % len(lists.query_id)])))
-    one(0)
-    times = []
-    for q in range(calls):
-        start = time.perf_counter()
-        one(q)
-        times.append(1e3 * (time.perf_counter() - start))
-    ordered = np.sort(times)
-
-    def quantile(share: float) -> dict:
-        # Distribution-free interval of a quantile: order statistics at ± 1.96 binomial deviations.
-        spread = 1.96 * np.sqrt(calls * share * (1 - share))
-        low, high = (int(np.clip(calls * share + s, 0, calls - 1)) for s in (-spread, spread))
-        bounds = [float(ordered[low]), float(ordered[high])]
-        value = float(np.quantile(ordered, share))
-        return {"value": value, "ci": bounds, "n": calls, "kind": "order statistics"}
-
-    return {"p50_ms": quantile(0.5), "p95_ms": quantile(0.95),
-            "engine": f"JAX on {jax.devices()[0].platform}, one query a call",
-            "candidates": int(lists.where.shape[1])}  # fmt: skip
 
 
 def _data_facts(passport: dict, lists: Lists, kind: str) -> dict:
@@ -184,7 +135,7 @@ def _data_facts(passport: dict, lists: Lists, kind: str) -> dict:
         "fractions": passport["settings"]["fractions"],
         "split_method": passport["settings"]["split"]["method"],
         "rows_dropped_by_split": passport["rows_dropped"],
-        "certificate": certificate.digest(passport),
+        "certificate": files.digest(passport),
     }  # fmt: skip
 
 

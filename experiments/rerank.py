@@ -14,9 +14,9 @@ from absl import flags
 from cotrr import files
 from cotrr.config import launch
 from cotrr.data import runs
-from cotrr.data.contract import InputError
 from cotrr.data.lists import to_lists
 from cotrr.deploy import rerank
+from cotrr.errors import InputError
 from cotrr.ranker import artifact
 from experiments.terminal import done, reading_progress, say, warn
 

@@ -14,8 +14,8 @@ from collections.abc import Callable
 from absl import flags
 
 from cotrr.config import dataclass_from_flags, flags_from_dataclass, launch
-from cotrr.data.contract import InputError
 from cotrr.data.simulator import Simulation, write_run
+from cotrr.errors import InputError
 from experiments.terminal import done, say
 
 FLAGS = flags.FLAGS

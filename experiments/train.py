@@ -22,8 +22,8 @@ from cotrr import files
 from cotrr.checkpoints import Checkpoints
 from cotrr.config import dataclass_from_flags, flags_from_dataclass, launch
 from cotrr.data import certificate, dataset
-from cotrr.data.contract import InputError
 from cotrr.data.lists import to_lists
+from cotrr.errors import InputError
 from cotrr.evaluate.metrics import ndcg
 from cotrr.ranker import artifact, fitting
 from cotrr.ranker.training import TrainConfig
@@ -68,7 +68,7 @@ def main() -> None:
         _describe(writer, model, state)
         writer.end_session()
     done(
-        {"model": f"{workdir}  ({artifact.version(workdir)})", "curves": workdir / "epochs.jsonl",
+        {"model": f"{workdir}  ({artifact.load(workdir).version})", "curves": workdir / "epochs.jsonl",
          "tensorboard": f"tensorboard --logdir={workdir / 'tensorboard'}"},
         [f"python -m experiments.evaluate --model={workdir} --data={FLAGS.data} "
          f"--output=reports/{workdir.name}"],
@@ -155,7 +155,7 @@ def _log(log, writer: SummaryWriter, metrics: dict[str, np.ndarray], epoch: int)
 def _provenance(state, passport: dict) -> dict:
     labels = passport["labels"]
     return {
-        "certificate": certificate.digest(passport),
+        "certificate": files.digest(passport),
         "settings": passport["settings"],
         "labels": labels,
         "best_epoch": int(state.best_epoch),

@@ -131,7 +131,7 @@ def test_rerank_writes_the_contract(road, top_m):
     lines = [json.loads(line) for line in output.read_text().splitlines()]
     scored = [json.loads(line) for line in (road / "runs" / "one" / "scored.jsonl").read_text().splitlines()]
     assert len(lines) == len(scored)
-    version = artifact.version(road / "model")
+    version = artifact.load(road / "model").version
     before = {}
     for line in scored:
         before.setdefault(line["query_id"], []).append(line)

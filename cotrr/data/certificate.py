@@ -1,8 +1,6 @@
 """The data certificate: what was counted, and every leak that was looked for, on what was written."""
 
-import hashlib
 import itertools
-import json
 from typing import Any
 
 import numpy as np
@@ -40,15 +38,9 @@ def certify(
            for name in ("image_embedding", "text_embedding", "constraints")},
         "labels": _label_shares(everything),
         "settings": settings,
-        "settings_hash": digest(settings),
+        "settings_hash": files.digest(settings),
         "input": summary,
     }  # fmt: skip
-
-
-def digest(value: Any) -> str:
-    """SHA-256 of a value's canonical JSON."""
-    text = json.dumps(files.finite(value), sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def breaches(certificate: dict[str, Any]) -> list[str]:

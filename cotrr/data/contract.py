@@ -1,4 +1,4 @@
-"""The Step 4 contract as types: one scored line, its manifest, and the error that bad input gets."""
+"""The Step 4 contract as types: one scored line and its manifest."""
 
 from typing import Annotated, Any, Literal
 
@@ -9,32 +9,6 @@ Share = Annotated[float, Meta(ge=0, le=1)]
 Amount = Annotated[float, Meta(ge=0)]
 Name = Annotated[str, Meta(min_length=1)]
 Vector = Annotated[list[float], Meta(min_length=1)]
-
-
-class InputError(ValueError):
-    """Input that breaks the contract: says in which file, line and field, and what to do."""
-
-    def __init__(
-        self,
-        reason: str,
-        *,
-        file: object = None,
-        line: int | None = None,
-        field: str | None = None,
-        remedy: str | None = None,
-    ):
-        place = ", ".join(
-            part
-            for part in (
-                str(file) if file is not None else "",
-                f"line {line}" if line is not None else "",
-                f"field `{field}`" if field else "",
-            )
-            if part
-        )
-        text = f"{place}: {reason}" if place else reason
-        super().__init__(f"{text}. {remedy}" if remedy else text)
-        self.reason, self.file, self.line, self.field = reason, file, line, field
 
 
 class Conflict(msgspec.Struct, frozen=True):

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from cotrr import files
 from cotrr.data import certificate, labels, runs, splits
-from cotrr.data.contract import InputError
+from cotrr.errors import InputError
 
 CERTIFICATE = "certificate.json"
 

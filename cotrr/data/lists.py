@@ -28,6 +28,7 @@ class Lists(NamedTuple):
     compliance: np.ndarray  # [Q, n] float32
     conflict: np.ndarray  # [Q, n] float32
     dual_score: np.ndarray  # [Q, n] float32: Step 4's fused score, a baseline and never a feature
+    gold: np.ndarray  # [Q, n] bool: the label is a reviewer's
     row: np.ndarray  # [Q, n] int64: row of the table, -1 where padded
     where: np.ndarray  # [Q, n] bool
 
@@ -68,6 +69,7 @@ def to_lists(table: pa.Table, label: str | None = None) -> Lists:
         attributes=np.stack([take(numbers(table, name)) for name in ATTRIBUTES], axis=-1),
         **{name: take(values) for name, values in _labels(table, label).items()},
         dual_score=take(numbers(table, "dual_score")),
+        gold=where & _is_gold(table)[row],
         row=row,
         where=where,
     )
@@ -88,6 +90,12 @@ def _vectors(table: pa.Table, name: str) -> np.ndarray:
     if table[name].null_count == len(table):
         return np.zeros((len(table), 0), np.float32)
     return embedding_matrix(table, name)
+
+
+def _is_gold(table: pa.Table) -> np.ndarray:
+    if "label" not in table.column_names:
+        return np.zeros(len(table), bool)
+    return table["label"].to_numpy(zero_copy_only=False) == GOLD
 
 
 def _labels(table: pa.Table, kind: str | None) -> dict[str, np.ndarray]:

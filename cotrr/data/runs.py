@@ -15,7 +15,8 @@ import msgspec
 import numpy as np
 import pyarrow as pa
 
-from cotrr.data.contract import ATTRIBUTES, FIELDS, Candidate, InputError, Manifest
+from cotrr.data.contract import ATTRIBUTES, FIELDS, Candidate, Manifest
+from cotrr.errors import InputError
 
 _CONFLICT = pa.struct([("type", pa.string()), ("severity", pa.string()), ("confidence", pa.float64())])
 KEYS = ("query_id", "query", "domain", "id", "canonical_id", "url")

@@ -12,7 +12,7 @@ from numpy.random import Generator
 
 from cotrr.config import setting
 from cotrr.data.color import delta_e_2000
-from cotrr.data.contract import InputError
+from cotrr.errors import InputError
 
 Array = np.ndarray
 

@@ -6,6 +6,7 @@ the L members and the statistics; `trained_on.npz` the hashes of what the model 
 
 import json
 import pathlib
+import zipfile
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from cotrr import files
-from cotrr.data.contract import ATTRIBUTES, InputError
+from cotrr.data.contract import ATTRIBUTES
 from cotrr.data.lists import Lists
 from cotrr.data.splits import unit_hash
+from cotrr.errors import InputError
 from cotrr.ranker import features
 from cotrr.ranker.calibration import Calibration, Platt
 from cotrr.ranker.model import Params, Reranker, Scores
@@ -31,7 +33,7 @@ class Model(NamedTuple):
     name: str
     config: dict[str, Any]
     vocabulary: features.Vocabulary
-    statistics: features.Statistics
+    statistics: features.Statistics  # leaves [L, ...]
     params: Params  # each leaf [L, ...]
     final: np.ndarray  # [L] bool: the members whose mean is the score; all L give its spread
     calibration: Calibration
@@ -44,7 +46,7 @@ class Scored(NamedTuple):
     """Calibrated scores of [Q, n] candidates; padding is 0."""
 
     score: np.ndarray  # expected label in [0, 1]
-    std: np.ndarray  # spread of the lanes' expected labels
+    std: np.ndarray  # spread of the lanes' expected labels; NaN with a single lane
     low: np.ndarray  # 95 % interval of the label
     high: np.ndarray
     p_conflict: np.ndarray
@@ -62,57 +64,77 @@ def overlap(model: Model, kind: str, ids: np.ndarray) -> int:
 
 
 @partial(jax.jit, static_argnames="hidden")
-def lane_scores(params: Params, inputs: features.Features, *, hidden: int) -> Scores:
-    """Logits [L, Q, n] of each of L lanes for Q lists."""
-    every_lane = jax.vmap(Reranker(hidden=hidden).apply, in_axes=(0, None))
-    batch = min(SCORING_BATCH, inputs.where.shape[0])
-    scores = jax.lax.map(partial(every_lane, params), inputs, batch_size=batch)
+def lane_scores(
+    params: Params,
+    statistics: features.Statistics,
+    encoded: features.Encoded,
+    mask: jax.Array,
+    *,
+    hidden: int,
+) -> Scores:
+    """Logits [L, Q, n] of each of L lanes for Q lists; memory is bounded by SCORING_BATCH."""
+    network = Reranker(hidden=hidden)
+
+    def one_query(query: features.Encoded) -> Any:
+        one_lane = lambda params, fitted: network.apply(params, features.featurize(fitted, query, mask))
+        return jax.vmap(one_lane)(params, statistics)
+
+    batch = min(SCORING_BATCH, encoded.where.shape[0])
+    scores = jax.lax.map(one_query, encoded, batch_size=batch)
     return Scores(*(jnp.moveaxis(part, 1, 0) for part in scores))
-
-
-featurize_all = jax.jit(jax.vmap(features.featurize, in_axes=(None, 0, None)))
-
-
-def inputs_of(model: Model, lists: Lists) -> features.Features:
-    """The model's input for lists: a batch [Q, ...] of features."""
-    mask = features.group_mask(model.config["groups"].split(","))
-    encoded = features.encode(lists, model.vocabulary)
-    return featurize_all(model.statistics, encoded, mask)
 
 
 def score(model: Model, lists: Lists) -> Scored:
     """Scores lists whose embeddings have the length that the model was trained on.
 
-    Raises InputError for another length.
+    A kind of embedding that either side lacks counts as missing.  Raises InputError for another
+    length, or where a score comes out undefined.
     """
-    expected = len(model.statistics.image_mean), len(model.statistics.text_mean)
-    given = lists.image.shape[-1], lists.text.shape[-1]
-    if any(length not in (0, wanted) for length, wanted in zip(given, expected, strict=True)):
-        raise InputError(
-            f"image and text embeddings of {given} numbers, the model was trained on {expected}",
-            remedy="Score runs of the encoder that the model was trained with",
-        )
-    if expected != given:  # a run without embeddings of a kind: all of them are missing
-        full = lambda part, length: (
-            part if part.shape[-1] else np.full((*part.shape[:-1], length), np.nan, np.float32)
-        )
-        lists = lists._replace(image=full(lists.image, expected[0]), text=full(lists.text, expected[1]))
+    lists = lists._replace(
+        image=_fitted(lists.image, model.statistics.image_mean.shape[-1], "image_embedding"),
+        text=_fitted(lists.text, model.statistics.text_mean.shape[-1], "text_embedding"),
+    )
     if not len(lists.query_id):
         return Scored(*(np.zeros(lists.where.shape) for _ in Scored._fields))
-    lanes = lane_scores(model.params, inputs_of(model, lists), hidden=model.config["hidden"])
-    rank, conflict = (np.asarray(part, np.float64) for part in lanes)
+    encoded = features.encode(lists, model.vocabulary)
+    mask = features.group_mask(model.config["groups"].split(","))
+    scores = lane_scores(model.params, model.statistics, encoded, mask, hidden=model.config["hidden"])
+    rank, conflict = (np.asarray(part, np.float64) for part in scores)
+    _check_finite(lists, rank, conflict)
     calibration = model.calibration
     logit = rank[model.final].mean(axis=0)
-    expected_label = calibration.rank(logit)
+    label = calibration.rank(logit)
+    std = calibration.rank(rank).std(axis=0) if len(rank) > 1 else np.full(logit.shape, np.nan)
     inside = lambda values: np.where(lists.where, np.clip(values, 0.0, 1.0), 0.0)
     return Scored(
-        score=inside(expected_label),
-        std=inside(calibration.rank(rank).std(axis=0)),
-        low=inside(expected_label - calibration.radius),
-        high=inside(expected_label + calibration.radius),
+        score=inside(label),
+        std=inside(std),
+        low=inside(label - calibration.radius),
+        high=inside(label + calibration.radius),
         p_conflict=inside(calibration.conflict(conflict[model.final].mean(axis=0))),
         logit=np.where(lists.where, logit, -np.inf),
     )
+
+
+def _fitted(embeddings: np.ndarray, length: int, field: str) -> np.ndarray:
+    """Embeddings [..., d] of the wanted length; all missing where one side has none."""
+    given = embeddings.shape[-1]
+    if given in (0, length):
+        return embeddings if given else np.full((*embeddings.shape[:-1], length), np.nan, np.float32)
+    if not length:
+        return embeddings[..., :0]
+    raise InputError(
+        f"{given} numbers where the model was trained on {length}",
+        field=field,
+        remedy="Score runs of the encoder that the model was trained with",
+    )
+
+
+def _check_finite(lists: Lists, *logits: np.ndarray) -> None:
+    broken = np.argwhere(~np.isfinite(np.stack(logits)).all(axis=(0, 1)) & lists.where)
+    if len(broken):
+        query = lists.query_id[broken[0][0]]
+        raise InputError(f"{len(broken)} candidates have no finite score, the first of query {query!r}")
 
 
 def save(model: Model, folder: str | pathlib.Path) -> None:
@@ -126,33 +148,43 @@ def save(model: Model, folder: str | pathlib.Path) -> None:
     for name, table in tables.items():
         with files.replacing(folder / name) as temporary, open(temporary, "wb") as out:
             np.savez(out, allow_pickle=False, **{key: np.asarray(value) for key, value in table.items()})
-    files.write_json(folder / "model.json", {
+    facts = {
         "format": FORMAT,
         "name": model.name,
-        "version": f"{model.name}-{files.sha256(folder / 'weights.npz')[:12]}",
         "config": model.config,
         "attributes": list(ATTRIBUTES),
         "vocabulary": model.vocabulary._asdict(),
         "calibration": {
-            "rank": model.calibration.rank._asdict(), "conflict": model.calibration.conflict._asdict(),
-            "radius": model.calibration.radius, "queries": model.calibration.queries,
+            "rank": model.calibration.rank._asdict(),
+            "conflict": model.calibration.conflict._asdict(),
+            "radius": model.calibration.radius,
+            "queries": model.calibration.queries,
         },
         "provenance": model.provenance,
         "files": {name: files.sha256(folder / name) for name in tables},
-    })  # fmt: skip
+    }
+    files.write_json(folder / "model.json", facts | {"version": _version(facts)})
+
+
+def _version(facts: dict[str, Any]) -> str:
+    """The model's name and the hash of all else that `model.json` says, its files included."""
+    return f"{facts['name']}-{files.digest({k: v for k, v in facts.items() if k != 'version'})[:12]}"
 
 
 def load(folder: str | pathlib.Path) -> Model:
     """The model in a folder; raises InputError where it is none, or its files were changed."""
     folder = pathlib.Path(folder)
+    path = folder / "model.json"
     try:
-        facts = json.loads((folder / "model.json").read_text())
-        for name, expected in facts["files"].items():
-            if files.sha256(folder / name) != expected:
+        facts = json.loads(path.read_text())
+        if facts["version"] != _version(facts):
+            raise InputError("changed since it was saved", file=path)
+        if facts["format"] != FORMAT or facts["attributes"] != list(ATTRIBUTES):
+            raise InputError("saved by another version of cotrr", file=path)
+        for name in ("weights.npz", "trained_on.npz"):
+            if files.sha256(folder / name) != facts["files"][name]:
                 raise InputError("not the file that was saved with the model", file=folder / name)
         weights, seen = (dict(np.load(folder / name)) for name in ("weights.npz", "trained_on.npz"))
-        if facts["format"] != FORMAT or facts["attributes"] != list(ATTRIBUTES):
-            raise InputError("saved by another version of cotrr", file=folder / "model.json")
         return _assemble(facts, weights, seen)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise InputError(
@@ -160,15 +192,10 @@ def load(folder: str | pathlib.Path) -> Model:
             file=error.filename,
             remedy="Train one: python -m experiments.train --help",
         ) from None
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"no model of cotrr ({error!r})", file=folder / "model.json") from None
-
-
-def version(folder: str | pathlib.Path) -> str:
-    """The version of a saved model: its name and the hash of its weights."""
-    return json.loads((pathlib.Path(folder) / "model.json").read_text())["version"]
+    except InputError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError, zipfile.BadZipFile) as error:
+        raise InputError(f"no model of cotrr ({error!r})", file=path) from None
 
 
 def _assemble(facts: dict[str, Any], weights: dict, seen: dict) -> Model:
@@ -197,7 +224,7 @@ def _assemble(facts: dict[str, Any], weights: dict, seen: dict) -> Model:
         provenance=facts["provenance"],
         seen=seen,
         version=facts["version"],
-    )  # fmt: skip
+    )
 
 
 def _platt(facts: dict[str, Any]) -> Platt:

@@ -41,12 +41,23 @@ def fit_platt(logits: np.ndarray, targets: np.ndarray) -> Platt:
     return Platt(float(np.exp(slope)), float(offset))
 
 
-def conformal_radius(query: np.ndarray, residual: np.ndarray, coverage: float = 0.95) -> float:
-    """Half-width that covers a new query's candidate with probability ≥ `coverage`.
+def cross_fitted(logits: np.ndarray, targets: np.ndarray, fold: np.ndarray) -> np.ndarray:
+    """[N] calibrated values, each by a Platt scaling fitted on the other folds' rows."""
+    values = np.empty(len(logits))
+    for k in np.unique(fold):
+        inside = fold == k
+        rest = ~inside if (~inside).any() else inside
+        values[inside] = fit_platt(logits[rest], targets[rest])(logits[inside])
+    return values
 
-    Split conformal prediction with queries as the exchangeable units: each of Q queries spreads
-    the weight 1/(Q+1) over its rows, the new one holds the rest at infinity (Dunn et al. 2022).
-    `query` [N], `residual` [N] ≥ 0.  Labels lie in [0, 1], so infinity is 1.
+
+def interval_radius(query: np.ndarray, residual: np.ndarray, coverage: float = 0.95) -> float:
+    """Half-width of an interval meant to hold the label of a new query's candidate.
+
+    The quantile of split conformal prediction with queries as the exchangeable units: each of Q
+    queries spreads the weight 1/(Q+1) over its rows, the new one holds the rest at infinity (Dunn
+    et al. 2022).  `query` [N], `residual` [N] ≥ 0.  Labels lie in [0, 1], so infinity is 1.  Where
+    residuals come from cross-validation the coverage is approximate: a report measures it.
     """
     _, group, count = np.unique(query, return_inverse=True, return_counts=True)
     weight = 1 / (count[group] * (len(count) + 1))
@@ -56,14 +67,22 @@ def conformal_radius(query: np.ndarray, residual: np.ndarray, coverage: float = 
 
 
 def fit(
-    rank: np.ndarray, conflict: np.ndarray, y: np.ndarray, is_conflict: np.ndarray, query: np.ndarray
+    rank: np.ndarray,
+    conflict: np.ndarray,
+    y: np.ndarray,
+    is_conflict: np.ndarray,
+    query: np.ndarray,
+    fold: np.ndarray,
 ) -> Calibration:
-    """Calibration from N held-out rows: logits of both heads, labels, and each row's query."""
-    by_rank = fit_platt(rank, y)
+    """Calibration from N held-out rows: logits of both heads, labels, each row's query and fold.
+
+    Residuals are those of a calibration that has not seen the row's fold.
+    """
     known = ~np.isnan(is_conflict)
+    residual = np.abs(y - cross_fitted(rank, y, fold))
     return Calibration(
-        rank=by_rank,
+        rank=fit_platt(rank, y),
         conflict=fit_platt(conflict[known], is_conflict[known]),
-        radius=conformal_radius(query, np.abs(y - by_rank(rank))),
+        radius=interval_radius(query, residual),
         queries=len(np.unique(query)),
     )

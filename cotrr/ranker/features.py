@@ -134,20 +134,22 @@ def domain_moments(values: np.ndarray, domain: np.ndarray, domains: int) -> tupl
 
 
 def principal_axes(vectors: np.ndarray, components: int, size: float) -> tuple[np.ndarray, np.ndarray]:
-    """Mean [d] and the leading axes [d, p] of `vectors` [N, d] (NaN rows left out).
+    """Mean [d] and the leading axes [d, min(p, d)] of `vectors` [N, d] (NaN rows left out).
 
     The axes keep their proportions; together they are scaled so that the projections of `vectors`
-    have the root mean square `size`: how much the penalty lets them count.
+    have the root mean square `size`: how much the penalty lets them count.  Axes that the vectors do
+    not span are zero.
     """
     vectors = vectors[~np.isnan(vectors).any(axis=1)].astype(np.float64)
     if not vectors.size or not components:
-        return np.zeros(vectors.shape[1]), np.zeros((vectors.shape[1], 0))
+        return np.zeros(vectors.shape[1]), np.zeros((vectors.shape[1], min(components, vectors.shape[1])))
     mean = vectors.mean(axis=0)
     _, values, axes = np.linalg.svd(vectors - mean, full_matrices=False)
     kept = values[:components] > 1e-6 * max(values[0], 1e-12)
-    deviation = values[:components][kept] / np.sqrt(len(vectors))
-    axes = axes[:components][kept].T
-    return mean, axes * size / np.sqrt(np.mean(deviation**2)) if kept.any() else axes
+    scale = size / np.sqrt(np.mean(values[:components][kept] ** 2) / len(vectors)) if kept.any() else 0.0
+    padded = np.zeros((vectors.shape[1], min(components, vectors.shape[1])))
+    padded[:, : kept.sum()] = axes[:components][kept].T * scale
+    return mean, padded
 
 
 class Settings(NamedTuple):
@@ -199,7 +201,9 @@ def featurize(statistics: Statistics, encoded: Encoded, mask: jax.Array) -> Feat
     """
     statistics = jax.tree.map(jnp.asarray, statistics)
     mean, scale = statistics.mean[encoded.domain][None], statistics.scale[encoded.domain][None]
-    raw = jnp.where(mask, fill(statistics, encoded), mean)
+    # What training never saw has no weight: it must not move a score once it appears.
+    seen = statistics.missing < 1
+    raw = jnp.where(mask & seen, fill(statistics, encoded), mean)
     standard = jnp.clip((raw - mean) / scale, -WINSOR, WINSOR)
     varies = (statistics.missing > 0) & (statistics.missing < 1)
     indicator = jnp.where(mask & varies, jnp.isnan(encoded.attributes) - statistics.missing[None], 0.0)
@@ -214,6 +218,6 @@ def featurize(statistics: Statistics, encoded: Encoded, mask: jax.Array) -> Feat
         query=jnp.concatenate([jnp.ones(1), text * clip, encoded.wants]),
         image=inside(image * clip),
         attributes=inside(jnp.concatenate([standard, indicator], axis=1)),
-        base=inside(jnp.stack([base, jax.scipy.special.logit(probability)], axis=1)),
+        base=inside(jnp.stack([base, jax.scipy.special.logit(probability) * seen[_CONFLICT_PROB]], axis=1)),
         where=encoded.where,
     )

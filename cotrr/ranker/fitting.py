@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from cotrr.data.contract import InputError
 from cotrr.data.lists import Lists
+from cotrr.errors import InputError
 from cotrr.ranker import artifact, calibration, features, training
 from cotrr.ranker.training import Lanes, State, TrainConfig, Trainer
 
@@ -22,38 +22,53 @@ class Development(NamedTuple):
 
 
 class Setup(NamedTuple):
-    """A training run that is ready to start."""
+    """A training run that is ready to start, with L lanes."""
 
     config: TrainConfig
     development: Development
     vocabulary: features.Vocabulary
-    statistics: features.Statistics
-    inputs: features.Features
+    statistics: features.Statistics  # leaves [L, ...]: each lane's, from the rows it learns from
+    encoded: features.Encoded  # leaves [Q, ...]
+    mask: np.ndarray  # [A] bool
     lanes: Lanes
     trainer: Trainer
 
 
 def set_up(development: Development, config: TrainConfig, metric: Callable[..., jax.Array]) -> Setup:
-    """Fits the statistics on the rows to learn from and builds the trainer.
+    """Fits each lane's statistics on the rows it learns from and builds the trainer.
 
     Raises InputError where there is nothing to learn from or nothing held out.
     """
     lists = development.lists
     lanes = training.make_lanes(lists, development.canonical_id, development.validation, config)
     _check(lanes, config)
-    learned = lanes.train[lanes.final].any(axis=0)
-    training_lists = lists._replace(where=learned).take(np.flatnonzero(learned.any(axis=1)))
-    words = features.vocabulary(training_lists)
+    mask = features.group_mask(config.groups.split(","))
+    words = features.vocabulary(_rows(lists, lanes.train[-1]))
     settings = features.Settings(
         config.image_components, config.text_components, config.image_size, config.text_size
     )
-    statistics = features.fit(training_lists, words, settings)
+    # Members of one fold learn from the same rows, and stand together.
+    fitted = [features.fit(_rows(lists, rows), words, settings) for rows in lanes.train[:: config.members]]
+    stack = lambda *parts: np.repeat(np.stack(parts), config.members, axis=0)
+    statistics = features.Statistics(*map(stack, *fitted))
     encoded = features.encode(lists, words)
-    mask = features.group_mask(config.groups.split(","))
-    inputs = artifact.featurize_all(statistics, encoded, mask)
-    examples = training.make_examples(lists, inputs, statistics.label_scale[encoded.domain])
-    trainer = training.make_train(config, examples, lanes, metric)
-    return Setup(config, development, words, statistics, inputs, lanes, trainer)
+    inputs = featurize_lanes(statistics, encoded, mask)
+    scale = statistics.label_scale[:, encoded.domain]
+    examples = training.make_examples(lists, inputs, scale, lanes)
+    hparams = training.hyperparameters(config, len(lanes.final))
+    trainer = training.make_train(config, examples, hparams, metric)
+    return Setup(config, development, words, statistics, encoded, mask, lanes, trainer)
+
+
+# [L, Q, ...] features of each query by each lane's statistics
+featurize_lanes = jax.jit(
+    jax.vmap(jax.vmap(features.featurize, in_axes=(None, 0, None)), in_axes=(0, None, None))
+)
+
+
+def _rows(lists: Lists, where: np.ndarray) -> Lists:
+    """The lists with no other candidates than `where` [Q, n], and no query without any."""
+    return lists._replace(where=where).take(np.flatnonzero(where.any(axis=1)))
 
 
 def _check(lanes: Lanes, config: TrainConfig) -> None:
@@ -80,15 +95,21 @@ def finish(setup: Setup, state: State, name: str, provenance: dict[str, Any]) ->
     from its query or its picture.
     """
     lists, config = setup.development.lists, dataclasses.asdict(setup.config)
-    lanes = artifact.lane_scores(state.best_params, setup.inputs, hidden=setup.config.hidden)
+    scores = artifact.lane_scores(
+        state.best_params, setup.statistics, setup.encoded, setup.mask, hidden=setup.config.hidden
+    )
     held_out = setup.lanes.held_out
-    any_held = held_out.any(axis=0)
+    rows = held_out.any(axis=0)
     count = np.maximum(held_out.sum(axis=0), 1)
-    mean = lambda part: (np.where(held_out, np.asarray(part, np.float64), 0).sum(axis=0) / count)[any_held]
-    query = np.broadcast_to(np.arange(len(lists.query_id))[:, None], any_held.shape)[any_held]
-    fitted = calibration.fit(mean(lanes.rank), mean(lanes.conflict),
-                             lists.y[any_held].astype(np.float64),
-                             lists.conflict[any_held].astype(np.float64), query)  # fmt: skip
+    mean = lambda part: (np.where(held_out, np.asarray(part, np.float64), 0).sum(axis=0) / count)[rows]
+    query = np.nonzero(rows)[0]
+    fold = held_out.argmax(axis=0)[rows] if setup.config.folds else query % 2
+    fitted = calibration.fit(
+        mean(scores.rank), mean(scores.conflict),
+        lists.y[rows].astype(np.float64), lists.conflict[rows].astype(np.float64), query, fold,
+    )  # fmt: skip
+    kinds = lists.gold[rows]
+    provenance = provenance | {"calibrated_on": "gold" if kinds.all() else "silver"}
     learned = lists.labelled
     seen = {
         "query_id": artifact.hashes("query_id", lists.query_id[learned.any(axis=1)]),

@@ -63,12 +63,14 @@ class Hyperparameters(NamedTuple):
 
 
 class Examples(NamedTuple):
-    """Q lists as the trainer sees them."""
+    """Q lists as each of L lanes sees them."""
 
-    features: Features  # [Q, ...]
-    y: Leaf  # [Q, n]
-    gap: Leaf  # [Q, n] y in deviations of its domain: RankNet's labels
-    conflict: Leaf  # [Q, n] 0 or 1, or a probability where silver
+    features: Features  # [L, Q, ...] by the lane's own statistics
+    y: Leaf  # [L, Q, n]
+    gap: Leaf  # [L, Q, n] y in the lane's deviations of its domain: RankNet's labels
+    conflict: Leaf  # [L, Q, n] 0 or 1, or a probability where silver
+    train: Leaf  # [L, Q, n] bool: rows to learn from
+    held_out: Leaf  # [L, Q, n] bool: rows to validate on
 
 
 class Lanes(NamedTuple):
@@ -89,9 +91,10 @@ class State(NamedTuple):
     best_epoch: jax.Array  # [] counted from 1
 
 
-def hyperparameters(config: TrainConfig) -> Hyperparameters:
-    """The traced numbers of a config."""
-    return Hyperparameters(*(getattr(config, name) for name in Hyperparameters._fields))
+def hyperparameters(config: TrainConfig, lanes: int) -> Hyperparameters:
+    """A config's numbers, the same for each lane: leaves [L]."""
+    return Hyperparameters(*(jnp.full(lanes, getattr(config, name), jnp.float32)
+                             for name in Hyperparameters._fields))  # fmt: skip
 
 
 def make_lanes(lists: Lists, canonical_id: np.ndarray, validation: np.ndarray, config: TrainConfig) -> Lanes:
@@ -100,11 +103,13 @@ def make_lanes(lists: Lists, canonical_id: np.ndarray, validation: np.ndarray, c
     With folds, lane k holds out the labelled rows whose query and picture are both in fold k and
     learns from those where neither is (folds go by keyed hashes, like splits); behind them stand
     the final members, which learn from every row.  Without folds all lanes are final members and
-    hold out the validation split.
+    hold out the validation split.  Held-out rows are gold where there is any gold: they choose the
+    epoch and calibrate, and gold and silver are never judged together.
     """
     labelled = lists.labelled
+    judged = labelled & lists.gold if (labelled & lists.gold).any() else labelled
     if not config.folds:
-        train, held_out = [labelled & ~validation[:, None]], [labelled & validation[:, None]]
+        train, held_out = [labelled & ~validation[:, None]], [judged & validation[:, None]]
     else:
         fold = lambda kind, ids: (unit_hash(kind, ids, "folds") * config.folds).astype(int)
         by_query = fold("query_id", lists.query_id)[:, None]
@@ -112,7 +117,7 @@ def make_lanes(lists: Lists, canonical_id: np.ndarray, validation: np.ndarray, c
         by_picture[lists.where] = fold("canonical_id", canonical_id[lists.where])
         folds = range(config.folds)
         train = [labelled & (by_query != k) & (by_picture != k) for k in folds] + [labelled]
-        held_out = [labelled & (by_query == k) & (by_picture == k) for k in folds]
+        held_out = [judged & (by_query == k) & (by_picture == k) for k in folds]
         held_out += [np.zeros_like(labelled)]
     final = np.arange(len(train)) == len(train) - 1
     return Lanes(*(np.repeat(np.stack(part), config.members, axis=0)
@@ -150,7 +155,7 @@ class Trainer(NamedTuple):
 
 
 def make_train(
-    config: TrainConfig, examples: Examples, lanes: Lanes, metric: Callable[..., jax.Array]
+    config: TrainConfig, examples: Examples, hparams: Hyperparameters, metric: Callable[..., jax.Array]
 ) -> Trainer:
     """Does the static work; returns `init(key) → State` and `epoch(state, key, number) → …`.
 
@@ -160,82 +165,112 @@ def make_train(
     resumed run goes on exactly as it would have.  Metrics are [L] arrays by name.
     """
     network = Reranker(hidden=config.hidden)
-    queries, count = examples.y.shape[0], lanes.train.shape[0]
+    count, queries = examples.y.shape[:2]
     batch = min(config.batch_queries, queries)
     steps = -(-queries // batch)
-    hparams = hyperparameters(config)
-
-    def optimizer(hparams: Hyperparameters) -> optax.GradientTransformation:
-        total = steps * config.epochs
-        schedule = optax.warmup_cosine_decay_schedule(0.0, 1.0, max(total // 20, 1), max(total, 2), 0.02)
-        return optax.chain(
-            optax.clip_by_global_norm(5.0),
-            optax.scale_by_adam(b2=0.99),
-            optax.scale_by_learning_rate(lambda step: hparams.learning_rate * schedule(step)),
-        )
-
-    def loss(params: Params, key: jax.Array, lists: Examples, where: jax.Array) -> Any:
-        def one(key: jax.Array, example: Examples, where: jax.Array) -> Any:
-            scores = network.apply(params, example.features, hparams.dropout, rngs={"dropout": key})
-            return list_loss(scores, example, where, hparams)
-
-        _, parts = jax.vmap(one)(jax.random.split(key, batch), lists, where)
-        learned = jnp.any(where, axis=1).astype(jnp.float32)
-        parts = {name: losses.masked_mean(part, learned) for name, part in parts.items()}
-        parts["penalty"] = hparams.penalty * model.squared_norm(params)
-        parts["total"] = parts["total"] + parts["penalty"]
-        return parts["total"], parts
+    optimizer = partial(_optimizer, total_steps=steps * config.epochs)
+    step = partial(_step, network, optimizer)
 
     @jax.jit
     def init(key: jax.Array) -> State:
-        def one(key: jax.Array) -> tuple[Params, Any]:
-            params = network.init(key, jax.tree.map(lambda value: value[0], examples.features))
+        def one(key: jax.Array, hparams: Hyperparameters, first: Features) -> tuple[Params, Any]:
+            params = network.init(key, first)
             return params, optimizer(hparams).init(params)
 
-        params, opt = jax.vmap(one)(jax.random.split(jax.random.fold_in(key, 0), count))
-        return State(params, opt, params, jnp.float32(jnp.inf), jnp.int32(0))
-
-    def step(params: Params, state: Any, key: Leaf, lists: Examples, where: Leaf) -> Any:
-        (_, parts), gradient = jax.value_and_grad(loss, has_aux=True)(params, key, lists, where)
-        updates, state = optimizer(hparams).update(gradient, state, params)
-        norms = {"gradient_norm": optax.tree.norm(gradient), "update_norm": optax.tree.norm(updates)}
-        return optax.apply_updates(params, updates), state, parts | norms
-
-    def validate(params: Params, lists: Examples, where: jax.Array) -> dict[str, jax.Array]:
-        scores = jax.vmap(partial(network.apply, params))(lists.features)
-        total, _ = jax.vmap(partial(list_loss, hparams=hparams))(scores, lists, where)
-        held = jnp.any(where, axis=1)
-        loss = jnp.sum(jnp.where(held, total, 0.0)) / jnp.sum(held)  # NaN where nothing is held out
-        each = jax.vmap(metric)(scores.rank, jnp.where(where, lists.y, 0.0), where=where)
-        return {"validation_loss": loss, "validation_metric": jnp.nanmean(each)}
+        first = jax.tree.map(lambda value: value[:, 0], examples.features)
+        keys = jax.random.split(jax.random.fold_in(key, 0), count)
+        params, opt_state = jax.vmap(one)(keys, hparams, first)
+        return State(params, opt_state, params, jnp.float32(jnp.inf), jnp.int32(0))
 
     @jax.jit
     def run_epoch(
-        state: State, key: jax.Array, number: jax.Array, lists: Examples, rows: Lanes
+        state: State, key: jax.Array, number: jax.Array, examples: Examples, hparams: Hyperparameters
     ) -> tuple[State, dict[str, jax.Array]]:
         order_key, drop_key = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, 1), number))
         # Where the batches do not divide the queries, the first few of the order come twice.
         order = jnp.resize(jax.random.permutation(order_key, queries), (steps, batch))
 
-        def one(carry: Any, at: tuple[jax.Array, jax.Array]) -> Any:
+        def one(carry: tuple[Params, Any], at: tuple[jax.Array, jax.Array]) -> Any:
             chosen, key = at
-            taken = jax.tree.map(lambda value: value[chosen], lists)
-            params, opt, metrics = jax.vmap(step, in_axes=(0, 0, 0, None, 0))(
-                carry[0], carry[1], jax.random.split(key, count), taken, rows.train[:, chosen]
-            )
-            return (params, opt), metrics
+            taken = jax.tree.map(lambda value: value[:, chosen], examples)
+            keys = jax.random.split(key, count)
+            params, opt_state, metrics = jax.vmap(step)(*carry, keys, taken, hparams)
+            return (params, opt_state), metrics
 
-        carry, metrics = jax.lax.scan(
-            one, (state.params, state.optimizer), (order, jax.random.split(drop_key, steps))
-        )
+        begun = state.params, state.optimizer
+        (params, opt_state), metrics = jax.lax.scan(one, begun, (order, jax.random.split(drop_key, steps)))
         metrics = {name: jnp.mean(values, axis=0) for name, values in metrics.items()}
-        metrics |= jax.vmap(validate, in_axes=(0, None, 0))(carry[0], lists, rows.held_out)
-        state = state._replace(params=carry[0], optimizer=carry[1])
+        metrics |= jax.vmap(partial(_validate, network, metric))(params, examples, hparams)
+        state = state._replace(params=params, optimizer=opt_state)
         return _keep_best(state, jnp.nanmean(metrics["validation_loss"]), number + 1), metrics
 
     # The data are arguments of the program, not constants in it: it compiles in a fifth of the time.
-    data = jax.tree.map(jnp.asarray, (examples, lanes))
+    data = jax.tree.map(jnp.asarray, (examples, hparams))
     return Trainer(init, lambda state, key, number: run_epoch(state, key, number, *data))
+
+
+def _optimizer(hparams: Hyperparameters, total_steps: int) -> optax.GradientTransformation:
+    warmup = max(total_steps // 20, 1)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, 1.0, warmup, max(total_steps, 2), 0.02)
+    return optax.chain(
+        optax.clip_by_global_norm(5.0),
+        optax.scale_by_adam(b2=0.99),
+        optax.scale_by_learning_rate(lambda step: hparams.learning_rate * schedule(step)),
+    )
+
+
+def _batch_loss(
+    params: Params, network: Reranker, key: jax.Array, examples: Examples, hparams: Hyperparameters
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """One lane's loss: mean over the queries that it learns from, plus the penalty."""
+
+    def one(key: jax.Array, example: Examples) -> Any:
+        scores = network.apply(params, example.features, hparams.dropout, rngs={"dropout": key})
+        return list_loss(scores, example, example.train, hparams)
+
+    _, parts = jax.vmap(one)(jax.random.split(key, len(examples.y)), examples)
+    learned = jnp.any(examples.train, axis=1).astype(jnp.float32)
+    parts = {name: losses.masked_mean(part, learned) for name, part in parts.items()}
+    parts["penalty"] = hparams.penalty * model.squared_norm(params)
+    parts["total"] = parts["total"] + parts["penalty"]
+    return parts["total"], parts
+
+
+def _step(
+    network: Reranker,
+    optimizer: Callable[[Hyperparameters], optax.GradientTransformation],
+    params: Params,
+    opt_state: Any,
+    key: jax.Array,
+    examples: Examples,
+    hparams: Hyperparameters,
+) -> tuple[Params, Any, dict[str, jax.Array]]:
+    """One optimiser step of one lane."""
+    gradient, parts = jax.grad(_batch_loss, has_aux=True)(params, network, key, examples, hparams)
+    updates, opt_state = optimizer(hparams).update(gradient, opt_state, params)
+    norms = {"gradient_norm": optax.tree.norm(gradient), "update_norm": optax.tree.norm(updates)}
+    return optax.apply_updates(params, updates), opt_state, parts | norms
+
+
+def _validate(
+    network: Reranker,
+    metric: Callable[..., jax.Array],
+    params: Params,
+    examples: Examples,
+    hparams: Hyperparameters,
+) -> dict[str, jax.Array]:
+    """One lane's mean loss and metric on its held-out lists; NaN where nothing is held out."""
+
+    def one(example: Examples) -> tuple[jax.Array, jax.Array]:
+        where = example.held_out
+        scores: Any = network.apply(params, example.features)
+        total, _ = list_loss(scores, example, where, hparams)
+        return total, metric(scores.rank, jnp.where(where, example.y, 0.0), where=where)
+
+    total, value = jax.vmap(one)(examples)
+    held = jnp.any(examples.held_out, axis=1)
+    loss = jnp.sum(jnp.where(held, total, 0.0)) / jnp.sum(held)
+    return {"validation_loss": loss, "validation_metric": jnp.nanmean(value)}
 
 
 def _keep_best(state: State, value: jax.Array, epoch: jax.Array) -> State:
@@ -249,9 +284,12 @@ def _keep_best(state: State, value: jax.Array, epoch: jax.Array) -> State:
     )
 
 
-def make_examples(lists: Lists, features: Features, label_scale: np.ndarray) -> Examples:
-    """What the trainer needs of labelled lists; `label_scale` [Q] is the deviation of y by query.
+def make_examples(lists: Lists, features: Features, label_scale: Leaf, lanes: Lanes) -> Examples:
+    """What the trainer needs of labelled lists; `label_scale` [L, Q] is the deviation of y by query.
 
     Dividing by it normalises y inside its domain: monotone, so no pair changes its order.
     """
-    return Examples(features, lists.y, lists.y / label_scale[:, None], lists.conflict)
+    every_lane = lambda values: np.broadcast_to(values, lanes.train.shape)
+    gap = lists.y / np.asarray(label_scale)[:, :, None]
+    return Examples(features, every_lane(lists.y), gap, every_lane(lists.conflict),
+                    lanes.train, lanes.held_out)  # fmt: skip

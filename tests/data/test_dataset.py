@@ -8,8 +8,9 @@ import pytest
 
 from cotrr import files
 from cotrr.data import certificate, dataset, labels, runs, splits
-from cotrr.data.contract import ATTRIBUTES, InputError
+from cotrr.data.contract import ATTRIBUTES
 from cotrr.data.lists import to_lists
+from cotrr.errors import InputError
 from tests.conftest import scored_line
 
 FRACTIONS = (0.5, 0.2, 0.3)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from cotrr.data import runs
-from cotrr.data.contract import ATTRIBUTES, Candidate, InputError, constraint_tokens, picture_of
+from cotrr.data.contract import ATTRIBUTES, Candidate, constraint_tokens, picture_of
+from cotrr.errors import InputError
 from tests.conftest import scored_line
 
 

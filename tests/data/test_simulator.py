@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from cotrr.data import contract, runs, simulator
-from cotrr.data.contract import InputError
 from cotrr.data.simulator import OPTIONAL, Simulation, expected_metrics, write_run
+from cotrr.errors import InputError
 
 SMALL = Simulation(queries=60, candidates=25, pictures=500, embedding_dim=16, seed=3)
 SHARES = (

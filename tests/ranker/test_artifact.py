@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from cotrr import files
-from cotrr.data.contract import ATTRIBUTES, InputError
+from cotrr.data.contract import ATTRIBUTES
+from cotrr.errors import InputError
 from cotrr.ranker import artifact, features
 from cotrr.ranker.calibration import Calibration, Platt
 from cotrr.ranker.model import Reranker

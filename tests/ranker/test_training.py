@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from cotrr.checkpoints import Checkpoints
-from cotrr.data.contract import InputError
+from cotrr.errors import InputError
 from cotrr.evaluate.metrics import ndcg
 from cotrr.ranker import artifact, fitting, training
 from cotrr.ranker.training import TrainConfig

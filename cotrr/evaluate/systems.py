@@ -1,0 +1,63 @@
+"""The systems that an evaluation compares, and how long the model takes."""
+
+import time
+
+import jax
+import numpy as np
+
+from cotrr.data.lists import Lists
+from cotrr.evaluate.evaluation import System
+from cotrr.ranker import features
+from cotrr.ranker.artifact import Model, Scored, score
+
+
+def ladder(model: Model, lists: Lists, scored: Scored) -> list[System]:
+    """CLIP-only → +SO → +SO+Conflict (Step 4's own scores) → +Reranker.
+
+    A missing value is its domain's training mean; a missing `dual_score` ranks last.
+    """
+    encoded = features.encode(lists, model.vocabulary)
+    everyone = jax.tree.map(lambda part: part[model.final.argmax()], model.statistics)
+    filled = np.asarray(jax.vmap(features.fill, in_axes=(None, 0))(everyone, encoded))
+    column = {name: i for i, name in enumerate(features.NAMES)}
+    steps = {
+        "CLIP-only": ("clip_score",),
+        "+SO": ("clip_score", "compliance_score"),
+        "+SO+Conflict": ("clip_score", "compliance_score", "conflict_prob"),
+    }
+    systems = []
+    for name, terms in steps.items():
+        absent = [t for t in terms if np.isnan(lists.attributes[..., column[t]][lists.where]).all()]
+        weights = " + ".join(f"{features.RULE[t]:g}·{t}" for t in terms).replace("+ -", "- ")
+        scores = np.asarray(features.rule_score(filled, terms))
+        why = f"{', '.join(absent)} is missing everywhere" if absent else ""
+        systems.append(System(name, weights, None if absent else scores, why))
+    if not np.isnan(lists.dual_score[lists.where]).all():
+        dual = np.where(np.isnan(lists.dual_score), -np.inf, lists.dual_score)
+        systems.append(System("Step 4 dual_score", "Step 4's fused score as it is", dual))
+    systems.append(System("+Reranker", model.version, scored.logit))
+    return systems
+
+
+def latency(model: Model, lists: Lists, calls: int = 300) -> dict:
+    """Milliseconds to score one query at a time, features included, with the JAX scorer."""
+    one = lambda q: score(model, lists.take(np.array([q % len(lists.query_id)])))
+    one(0)
+    times = []
+    for q in range(calls):
+        start = time.perf_counter()
+        one(q)
+        times.append(1e3 * (time.perf_counter() - start))
+    ordered = np.sort(times)
+
+    def quantile(share: float) -> dict:
+        # Distribution-free interval of a quantile: order statistics at ± 1.96 binomial deviations.
+        spread = 1.96 * np.sqrt(calls * share * (1 - share))
+        low, high = (int(np.clip(calls * share + s, 0, calls - 1)) for s in (-spread, spread))
+        bounds = [float(ordered[low]), float(ordered[high])]
+        value = float(np.quantile(ordered, share))
+        return {"value": value, "ci": bounds, "n": calls, "kind": "order statistics"}
+
+    return {"p50_ms": quantile(0.5), "p95_ms": quantile(0.95),
+            "engine": f"JAX on {jax.devices()[0].platform}, one query a call",
+            "candidates": float(np.median(lists.where.sum(axis=1)))}  # fmt: skip
