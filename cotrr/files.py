@@ -1,6 +1,7 @@
 """Writing files so that a reader never sees half of one."""
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import math
@@ -9,6 +10,8 @@ import pathlib
 import shutil
 from collections.abc import Iterable, Iterator
 from typing import Any
+
+from cotrr.errors import InputError
 
 
 @contextlib.contextmanager
@@ -64,3 +67,16 @@ def remove(folder: str | pathlib.Path, names: Iterable[str]) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(path: str | pathlib.Path) -> Iterator[None]:
+    """Holds a lock file alone; raises InputError where another process holds it."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError("another process writes here", file=path.parent) from None
+        yield

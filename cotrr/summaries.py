@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.histogram.summary_v2 import histogram_pb
 from tensorboard.plugins.hparams import metadata, plugin_data_pb2
@@ -37,6 +37,11 @@ class SummaryWriter:
             Summary.Value(tag=tag, simple_value=float(value))
             for tag, value in values.items() if np.isfinite(value)
         ]), step)  # fmt: skip
+
+    def restart(self, step: int) -> None:
+        """A killed run goes on from `step`: what it had written from there on is not shown."""
+        log = SessionLog(status=SessionLog.START)
+        self._writer.add_event(Event(wall_time=time.time(), step=step, session_log=log))
 
     def histogram(self, tag: str, values: Any, step: int) -> None:
         """The distribution of an array."""

@@ -17,6 +17,7 @@ from cotrr.config import launch
 from cotrr.data import dataset
 from cotrr.data.lists import to_lists
 from cotrr.evaluate.evaluation import per_query
+from cotrr.evaluate.report import figure_text
 from experiments.terminal import done, say
 
 FLAGS = flags.FLAGS
@@ -42,14 +43,14 @@ def main() -> None:
         step("simulate_run", f"--output={source}", "--overwrite", *size)
     step("generate_training_data", f"--input={source}", f"--output={data}",
          f"--fractions={','.join(FLAGS.fractions)}")  # fmt: skip
-    step("train", f"--data={data}", f"--workdir={model}", f"--flagfile={RECIPE}", *quick)
+    step("train", f"--data={data}", f"--workdir={model}", f"--flagfile={RECIPE}", "--overwrite", *quick)
     step("evaluate", f"--model={model}", f"--data={data}", f"--output={report}", *quick)
     step("rerank", f"--model={model}", f"--input={source}", f"--output={work / 'reranked.jsonl'}")
     say()
     if not FLAGS.input:
         truth(pathlib.Path(source), data, report)
-    acceptance = (report / "report.md").read_text().split("## Acceptance")[1].split("\n## ")[0]
-    say(acceptance.strip())
+    for row in json.loads((report / "report.json").read_text())["acceptance"]:
+        say(f"  {row['verdict']:<12} {row['criterion']:<38} {figure_text(row['figure'], row['unit'])}")
     done(
         {"time": f"{time.monotonic() - start:.0f} s", "report": report / "report.html",
          "reranked": work / "reranked.jsonl",
@@ -86,10 +87,5 @@ def truth(run: pathlib.Path, data: pathlib.Path, report: pathlib.Path) -> None:
     say()
 
 
-def run() -> None:
-    """Console entry."""
-    launch(main, define_flags)
-
-
 if __name__ == "__main__":
-    run()
+    launch(main, define_flags)

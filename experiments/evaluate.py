@@ -95,7 +95,7 @@ def _labelled_lists(table: pa.Table) -> tuple[Lists, str]:
         raise InputError(
             f"the {FLAGS.split} split has no labelled rows",
             file=FLAGS.data,
-            remedy="Generate the dataset with a test fraction above 0, from a run with reviews",
+            remedy=f"Generate the dataset with a {FLAGS.split} fraction above 0, from a run with reviews",
         )
     if len(judged) < len(lists.query_id):
         warn(f"{len(lists.query_id) - len(judged)} queries without {kind} labels are left out")
@@ -164,10 +164,5 @@ def _tell(result: dict) -> None:
         say(f"  {row['verdict']:<12} {row['criterion']:<38} {report.figure_text(row['figure'], row['unit'])}")
 
 
-def run() -> None:
-    """Console entry."""
-    launch(main, define_flags)
-
-
 if __name__ == "__main__":
-    run()
+    launch(main, define_flags)

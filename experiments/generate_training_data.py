@@ -8,11 +8,14 @@ added instead.
 
 import pathlib
 
+import pyarrow.compute as pc
 from absl import flags
 
+from cotrr import files
 from cotrr.config import launch
 from cotrr.data import certificate, dataset, runs, splits
-from experiments.terminal import done, reading_progress, say, warn
+from cotrr.errors import InputError
+from experiments.terminal import done, reading_progress, say, tell_reading, warn
 
 FLAGS = flags.FLAGS
 
@@ -37,61 +40,55 @@ def main() -> None:
     """Reads, splits, writes, certifies."""
     output = pathlib.Path(FLAGS.output)
     as_lines = output.suffix == ".jsonl"
+    if output.suffix == ".gz" or not output.name:
+        raise InputError(f"--output={FLAGS.output}: expected a folder, or a file that ends in .jsonl")
     fractions = splits.parse_fractions(FLAGS.fractions)
     quarantine = output.with_name(output.name + ".quarantine.jsonl")
+    run = runs.find_run(FLAGS.input)
+    runs.refuse_own_files(run, (output, quarantine))
+    if as_lines == output.is_dir() and output.exists():
+        raise InputError("a file or folder of the other kind is in the way", file=output)
+    output.parent.mkdir(parents=True, exist_ok=True)
     say(f"reading {FLAGS.input}")
     reading = runs.read_run(
         FLAGS.input,
         quarantine=quarantine if FLAGS.on_bad_line == "quarantine" else None,
         progress=reading_progress(FLAGS.input),
     )
-    _tell(reading.summary)
-    settings = {name: FLAGS[name].value
-                for name in ("compliance_weight", "split_salt", "split_method")}  # fmt: skip
+    tell_reading(reading.summary)
     table, cost = dataset.prepare(
         reading.table, fractions, FLAGS.compliance_weight, FLAGS.split_salt, FLAGS.split_method
     )
+    settings = {name: FLAGS[name].value for name in ("compliance_weight", "split_salt", "split_method")}
     settings |= {"fractions": fractions, "split": cost}
-    summary = reading.summary | {"hashes": dataset.hash_shards(runs.find_run(FLAGS.input))}
+    summary = reading.summary | {"hashes": dataset.hash_files(run)}
     if as_lines:
-        counts = dataset.write_lines(runs.find_run(FLAGS.input), table, output)
-        say(", ".join(f"{count} {name}" for name, count in counts.items()))
-        done({"lines": output}, [])
-        return
-    result = dataset.write(table, output, settings, summary)
+        counts = dataset.write_lines(run, table, output)
+        parts = {name: table.filter(pc.equal(table["split"], name)) for name in splits.SPLITS}
+        result = certificate.certify(parts, counts["dropped"], settings, summary)
+        place = output.with_name(output.name + ".certificate.json")
+        files.write_json(place, result)
+    else:
+        result = dataset.write(table, output, settings, summary)
+        place = output / dataset.CERTIFICATE
     _report(result, cost)
-    done(
-        {"dataset": output, "certificate": output / dataset.CERTIFICATE},
-        [f"python -m experiments.train --data={output} --workdir=checkpoints/cotrr_lite_v1 "
-         "--flagfile=experiments/recipes/cotrr_lite.flags"],
-    )  # fmt: skip
-
-
-def _tell(summary: dict) -> None:
-    if summary["manifest"] is None:
-        warn("a bare file without a manifest: nothing says whether it is complete")
-    if summary["quarantined"]:
-        warn(f"{summary['quarantined']} bad lines are in {summary['quarantine']}")
-    for field, count in summary["unknown_fields"].items():
-        warn(f"unknown field `{field}` on {count} lines: not used")
-    if summary["absent_fields"]:
-        say(f"missing everywhere: {', '.join(summary['absent_fields'])}")
+    train = (f"python -m experiments.train --data={output} --workdir=checkpoints/cotrr_lite_v1 "
+             "--flagfile=experiments/recipes/cotrr_lite.flags")  # fmt: skip
+    done({"lines" if as_lines else "dataset": output, "certificate": place}, [] if as_lines else [train])
 
 
 def _report(result: dict, cost: dict) -> None:
     for name, counts in result["counts"].items():
         say(f"  {name:<10} {counts['rows']:>8,} rows {counts['queries']:>7,} queries "
             f"{counts['pictures']:>7,} pictures")  # fmt: skip
+    for name, share in zip(splits.SPLITS, cost["fractions"], strict=True):
+        if share and not result["counts"][name]["rows"]:
+            warn(f"the {name} split is empty: too few queries and pictures for a share of {share:g}")
     say(f"  split by {cost['method']}: {result['rows_dropped']:,} rows dropped "
         f"({cost['share_dropped']:.1%})")  # fmt: skip
     for breach in certificate.breaches(result):
         warn(breach)
 
 
-def run() -> None:
-    """Console entry."""
-    launch(main, define_flags)
-
-
 if __name__ == "__main__":
-    run()
+    launch(main, define_flags)

@@ -3,7 +3,8 @@ r"""Rerank a run, labelled or not, with a trained model.
     python -m experiments.rerank --model=checkpoints/cotrr_lite_v1 --input=runs/latest \
         --output=reranked.jsonl
 
-Writes the contract's lines, queries in input order, each query's candidates by their new rank.
+Writes the contract's lines, queries in input order, each query's candidates by their new rank: the
+scored line as it came, without its two embeddings, and what the contract adds.
 """
 
 import pathlib
@@ -18,7 +19,7 @@ from cotrr.data.lists import to_lists
 from cotrr.deploy import rerank
 from cotrr.errors import InputError
 from cotrr.ranker import artifact
-from experiments.terminal import done, reading_progress, say, warn
+from experiments.terminal import done, reading_progress, say, tell_reading
 
 FLAGS = flags.FLAGS
 
@@ -28,8 +29,9 @@ def define_flags() -> None:
     flags.DEFINE_string("model", None, "Model folder, from train.")
     flags.DEFINE_string("input", None, "Run folder (or a link to one), or a bare JSONL file.")
     flags.DEFINE_string("output", None, "File for the reranked lines.")
-    flags.DEFINE_integer("top_m", 20, "Candidates of a query to rerank, in their input order; the rest "
-                                      "keep theirs behind them. 0 reranks all.", lower_bound=0)  # fmt: skip
+    flags.DEFINE_integer("top_m", 20, "Rerank the first M lines of each query (the file's order is taken "
+                                      "as Step 4's); the rest stay behind in order. 0 reranks all.",
+                         lower_bound=0)  # fmt: skip
     flags.DEFINE_enum("on_bad_line", "fail", ["fail", "quarantine"],
                       "What to do with a line that breaks the contract.")  # fmt: skip
     flags.mark_flags_as_required(["model", "input", "output"])
@@ -38,10 +40,11 @@ def define_flags() -> None:
 def main() -> None:
     """Reads, scores, writes."""
     output = pathlib.Path(FLAGS.output)
-    if output.is_dir():
-        raise InputError("this is a folder", file=output, field="--output", remedy="Name a file")
-    model = artifact.load(FLAGS.model)
+    if output.is_dir() or not output.name:
+        raise InputError(f"--output={FLAGS.output}: expected a file, not a folder")
     quarantine = output.with_name(output.name + ".quarantine.jsonl")
+    runs.refuse_own_files(runs.find_run(FLAGS.input), (output, quarantine))
+    model = artifact.load(FLAGS.model)
     say(f"reading {FLAGS.input}")
     reading = runs.read_run(
         FLAGS.input,
@@ -49,8 +52,7 @@ def main() -> None:
         keep_lines=True,
         progress=reading_progress(FLAGS.input),
     )
-    if reading.summary["quarantined"]:
-        warn(f"{reading.summary['quarantined']} bad lines are in {quarantine} and not reranked")
+    tell_reading(reading.summary)
     lists = to_lists(reading.table)
     start = time.monotonic()
     scored = artifact.score(model, lists)
@@ -61,10 +63,5 @@ def main() -> None:
     done({"reranked": f"{output}  (model {model.version})"}, [])
 
 
-def run() -> None:
-    """Console entry."""
-    launch(main, define_flags)
-
-
 if __name__ == "__main__":
-    run()
+    launch(main, define_flags)

@@ -91,10 +91,5 @@ def _number(value: float | None) -> str:
     return "   -" if value is None else f"{value:.3f}"
 
 
-def run() -> None:
-    """Console entry."""
-    launch(main, define_flags)
-
-
 if __name__ == "__main__":
-    run()
+    launch(main, define_flags)

@@ -4,6 +4,7 @@ import pathlib
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 from cotrr.data import runs
 
@@ -26,6 +27,18 @@ def done(wrote: dict[str, object], next_steps: list[str]) -> None:
         say(f"{name:<{width}}  {place}")
     for step in next_steps:
         say(f"next: {step}")
+
+
+def tell_reading(summary: dict[str, Any]) -> None:
+    """What was noticed while a run was read."""
+    if summary["manifest"] is None:
+        warn("a bare file without a manifest: nothing says whether it is complete")
+    if summary["quarantined"]:
+        warn(f"{summary['quarantined']} bad lines are in {summary['quarantine']}")
+    for field, count in summary["unknown_fields"].items():
+        warn(f"unknown field `{field}` on {count} lines: not used")
+    if summary["absent_fields"]:
+        say(f"missing everywhere: {', '.join(summary['absent_fields'])}")
 
 
 def reading_progress(path: str | pathlib.Path) -> Callable[[int], None]:

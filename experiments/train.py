@@ -26,6 +26,7 @@ from cotrr.data.lists import to_lists
 from cotrr.errors import InputError
 from cotrr.evaluate.metrics import ndcg
 from cotrr.ranker import artifact, fitting
+from cotrr.ranker.model import Params
 from cotrr.ranker.training import TrainConfig
 from cotrr.summaries import SummaryWriter
 from experiments.terminal import done, say, warn
@@ -39,6 +40,7 @@ def define_flags() -> None:
     flags.DEFINE_string("data", None, "Dataset folder, from generate_training_data.")
     flags.DEFINE_string("workdir", None, "Folder for the model, its checkpoints and its logs.")
     flags.DEFINE_bool("quick", False, "Few members, few epochs.")
+    flags.DEFINE_bool("overwrite", False, "Replace the training run that is in the workdir.")
     flags.DEFINE_bool("resume", False, "Go on from the latest checkpoint in the workdir.")
     flags.DEFINE_integer("checkpoint_every", 20, "Epochs between checkpoints.", lower_bound=1)
     flags_from_dataclass(TrainConfig)
@@ -54,25 +56,31 @@ def main() -> None:
     passport = dataset.read_certificate(FLAGS.data)
     for breach in certificate.breaches(passport):
         warn(breach)
-    setup = fitting.set_up(read_development(FLAGS.data), config, partial(ndcg, k=10))
-    _prepare_workdir(workdir, config)
-    rows = setup.lanes.train.sum(axis=(1, 2))
-    say(f"{len(rows)} lanes, {setup.lanes.final.sum()} of them final, learning from {rows.min():,} to "
-        f"{rows.max():,} of {setup.development.lists.labelled.sum():,} labelled rows")  # fmt: skip
-    with SummaryWriter(workdir / "tensorboard") as writer, Checkpoints(workdir / "checkpoints") as kept:
-        writer.hparams(dataclasses.asdict(config), ("validation/loss", "validation/metric"))
-        state = train(setup, workdir, writer, kept)
-        provenance = _provenance(state, passport)
-        model = fitting.finish(setup, state, workdir.name, provenance)
-        artifact.save(model, workdir)
-        _describe(writer, model, state)
-        writer.end_session()
+    settings = dataclasses.asdict(config) | {"data": FLAGS.data, "certificate": files.digest(passport)}
+    with files.locked(workdir / ".lock"):
+        setup = fitting.set_up(read_development(FLAGS.data), config, partial(ndcg, k=10))
+        _prepare_workdir(workdir, settings)
+        _train_and_save(setup, workdir, passport)
     done(
         {"model": f"{workdir}  ({artifact.load(workdir).version})", "curves": workdir / "epochs.jsonl",
          "tensorboard": f"tensorboard --logdir={workdir / 'tensorboard'}"},
         [f"python -m experiments.evaluate --model={workdir} --data={FLAGS.data} "
          f"--output=reports/{workdir.name}"],
     )  # fmt: skip
+
+
+def _train_and_save(setup: fitting.Setup, workdir: pathlib.Path, passport: dict) -> None:
+    rows = setup.lanes.train.sum(axis=(1, 2))
+    say(f"{len(rows)} lanes, {setup.lanes.final.sum()} of them final, learning from {rows.min():,} to "
+        f"{rows.max():,} of {setup.development.lists.labelled.sum():,} labelled rows")  # fmt: skip
+    with SummaryWriter(workdir / "tensorboard") as writer, Checkpoints(workdir / "checkpoints") as kept:
+        writer.hparams(dataclasses.asdict(setup.config), ("validation/loss", "validation/metric"))
+        state = train(setup, workdir, writer, kept)
+        provenance = _provenance(state, passport)
+        model = fitting.finish(setup, state, workdir.name, provenance)
+        artifact.save(model, workdir)
+        _describe(writer, model, state)
+        writer.end_session()
 
 
 def read_development(folder: str) -> fitting.Development:
@@ -87,16 +95,32 @@ def read_development(folder: str) -> fitting.Development:
     return fitting.Development(lists, canonical_id, np.array([q in validation for q in lists.query_id]))
 
 
-def _prepare_workdir(workdir: pathlib.Path, config: TrainConfig) -> None:
-    """A fresh folder, or with --resume the one that holds a run of the same settings."""
-    path, settings = workdir / "config.json", dataclasses.asdict(config) | {"data": FLAGS.data}
+OURS = ("model.json", "weights.npz", "trained_on.npz", "epochs.jsonl", "checkpoints", "tensorboard")
+
+
+def _prepare_workdir(workdir: pathlib.Path, settings: dict) -> None:
+    """A fresh folder, or with --resume the one that holds a run of the same settings and data."""
+    path = workdir / "config.json"
+    there = [name for name in OURS if (workdir / name).exists()]
+    if there and not path.exists():
+        raise InputError(
+            f"holds {', '.join(there)} but no config.json: not a training folder of ours",
+            file=workdir,
+            remedy="Name another --workdir",
+        )
     if FLAGS.resume and path.exists():
-        if json.loads(path.read_text()) != settings:
-            raise InputError("this run had other settings", file=path, remedy="Resume with the same flags")
-    elif path.exists() and not FLAGS.quick:
-        say(f"starting anew in {workdir}")
-    if not FLAGS.resume:
-        files.remove(workdir, ("model.json", "epochs.jsonl", "checkpoints", "tensorboard"))
+        if json.loads(path.read_text()) != files.finite(settings):
+            raise InputError(
+                "this run had other settings or data", file=path, remedy="Resume with the same flags and data"
+            )
+        return
+    if there and not FLAGS.overwrite:
+        raise InputError(
+            f"holds a training run ({', '.join(there)})",
+            file=workdir,
+            remedy="Set --resume to go on with it, --overwrite to replace it, or name another --workdir",
+        )
+    files.remove(workdir, OURS)
     files.write_json(path, settings)
 
 
@@ -108,6 +132,8 @@ def train(setup: fitting.Setup, workdir: pathlib.Path, writer: SummaryWriter, ke
     if (latest := kept.latest()) is not None:
         state, first = kept.load(latest, state), latest
         say(f"resuming after epoch {latest}")
+        writer.restart(latest + 1)
+    _keep_epochs(workdir / "epochs.jsonl", first)
     start, shown = time.monotonic(), 0.0
     with open(workdir / "epochs.jsonl", "a") as log:
         for number in range(first, config.epochs):
@@ -126,10 +152,18 @@ def train(setup: fitting.Setup, workdir: pathlib.Path, writer: SummaryWriter, ke
                     f"{np.nanmean(metrics['validation_metric']):.4f}  {left:.0f} s left")  # fmt: skip
             if (number + 1) % FLAGS.checkpoint_every == 0 or number + 1 == config.epochs:
                 kept.save(number + 1, state)
+                _log_parameters(writer, state.params, number + 1)
             if number + 1 - int(state.best_epoch) >= config.patience:
                 say(f"  no better epoch since {int(state.best_epoch)}: stopping")
                 break
     return state
+
+
+def _keep_epochs(path: pathlib.Path, last: int) -> None:
+    """Drops what a killed run logged after its last checkpoint: those epochs come again."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    with files.replacing(path) as temporary:
+        temporary.write_bytes(b"".join(lines[:last]))
 
 
 def _check_finite(metrics: dict[str, np.ndarray], validated: np.ndarray, number: int) -> None:
@@ -163,20 +197,20 @@ def _provenance(state, passport: dict) -> dict:
     }
 
 
+def _log_parameters(writer: SummaryWriter, params: Params, epoch: int) -> None:
+    for path, value in jax.tree_util.tree_leaves_with_path(params):
+        if value.size:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            writer.histogram(f"parameters/{name}", value, epoch)
+
+
 def _describe(writer: SummaryWriter, model: artifact.Model, state) -> None:
     writer.text("config", "\n".join(f"    {k}: {v}" for k, v in model.config.items()))
-    for path, value in jax.tree_util.tree_leaves_with_path(model.params):
-        writer.histogram("parameters" + jax.tree_util.keystr(path, simple=True, separator="/"), value, 0)
     calibration = model.calibration
     writer.text("calibration", f"    {calibration}")
     say(f"lowest validation loss {float(state.best):.4f} after {int(state.best_epoch)} epochs; "
         f"95 % interval of y is ± {calibration.radius:.2f}")  # fmt: skip
 
 
-def run() -> None:
-    """Console entry."""
-    launch(main, define_flags)
-
-
 if __name__ == "__main__":
-    run()
+    launch(main, define_flags)

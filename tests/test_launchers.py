@@ -56,7 +56,7 @@ def test_generation_is_measured_on_what_was_written(road):
 def test_training_leaves_all_that_scoring_and_looking_need(road):
     names = {path.name for path in (road / "model").iterdir()}
     assert names == {"config.json", "model.json", "weights.npz", "trained_on.npz", "epochs.jsonl",
-                     "checkpoints", "tensorboard"}  # fmt: skip
+                     "checkpoints", "tensorboard", ".lock"}  # fmt: skip
     facts = json.loads((road / "model" / "model.json").read_text())
     assert facts["provenance"]["certificate"]
     epochs = [json.loads(line) for line in (road / "model" / "epochs.jsonl").read_text().splitlines()]
@@ -201,6 +201,8 @@ def test_killed_training_resumes_to_the_same_bits(road, tmp_path):
     (part / "model.json").unlink(missing_ok=True)
     said = launch("train", *flags, f"--workdir={part}", "--epochs=12", "--resume")
     assert "resuming after epoch" in said
+    epochs = [json.loads(line)["epoch"] for line in (part / "epochs.jsonl").read_text().splitlines()]
+    assert epochs == list(range(1, 13))
     one, two = (np.load(tmp_path / name / "weights.npz") for name in ("straight", "parts"))
     for key in one.files:
         np.testing.assert_array_equal(one[key], two[key], err_msg=key)
@@ -252,6 +254,12 @@ def test_a_run_without_embeddings_goes_all_the_way(write_run, tmp_path):
         ("rerank", ["--model=nowhere", "--input=x", "--output=out"], "no finished model"),
         ("rerank", ["nowhere"], "--model"),
         ("simulate_run", ["--output=out", "--queries=0"], "queries"),
+        ("simulate_run", ["--output=out", "--reviewer_noise=nan"], "--reviewer_noise=nan"),
+        ("train", ["--data=x", "--workdir=out", "--members=0"], "--members=0: expected at least 1"),
+        ("train", ["--data=x", "--workdir=out", "--folds=1"], "--folds=1"),
+        ("train", ["--data=x", "--workdir=out", "--learning_rate=nan"], "--learning_rate=nan"),
+        ("evaluate", ["--model=x", "--data=x", "--output=out", "--resamples=3"], "resamples"),
+        ("rerank", ["--model=x", "--input=x", "--output=out", "--topm=3"], "topm"),
     ],
 )
 def test_wrong_calls_are_told_in_one_line(name, arguments, message, tmp_path):
@@ -259,7 +267,7 @@ def test_wrong_calls_are_told_in_one_line(name, arguments, message, tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", f"experiments.{name}", *arguments], cwd=ROOT, capture_output=True, text=True
     )
-    assert done.returncode != 0
+    assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
@@ -273,7 +281,39 @@ def test_help_explains_every_flag(name):
         [sys.executable, "-m", f"experiments.{name}", "--help"], cwd=ROOT, capture_output=True, text=True
     ).stdout
     assert f"python -m experiments.{name}" in said
-    assert "--" in said
+    flag = {"simulate_run": "--queries", "train": "--learning_rate", "demo": "--input"}.get(name, "--output")
+    assert flag in said
+
+
+def test_training_is_not_overwritten_by_accident(road, tmp_path):
+    call = ("train", f"--data={road / 'data'}", "--quick", "--epochs=2")
+    before = (road / "model" / "model.json").read_bytes()
+    assert "--overwrite" in launch(*call, f"--workdir={road / 'model'}", fails=2)
+    assert (road / "model" / "model.json").read_bytes() == before
+    (tmp_path / "foreign" / "checkpoints" / "precious").mkdir(parents=True)
+    assert "not a training folder" in launch(*call, f"--workdir={tmp_path / 'foreign'}", fails=2)
+    assert (tmp_path / "foreign" / "checkpoints" / "precious").exists()
+
+
+def test_an_output_never_replaces_its_input(road, tmp_path):
+    run = tmp_path / "run.jsonl"
+    run.write_bytes((road / "runs" / "one" / "scored.jsonl").read_bytes())
+    before = run.read_bytes()
+    for call in (("rerank", f"--model={road / 'model'}"), ("generate_training_data",)):
+        assert "inside the run" in launch(*call, f"--input={run}", f"--output={run}", fails=2)
+    assert run.read_bytes() == before
+    folder = road / "runs" / "one"
+    said = launch("generate_training_data", f"--input={folder}", f"--output={folder / 'data'}", fails=2)
+    assert "inside the run" in said
+
+
+def test_json_lines_come_with_their_certificate(road, tmp_path):
+    launch("generate_training_data", f"--input={road / 'runs' / 'one'}", f"--output={tmp_path / 'o.jsonl'}")
+    certificate = json.loads((tmp_path / "o.jsonl.certificate.json").read_text())
+    lines = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
+    kept = sum(line["split"] == "train" for line in lines)
+    assert certificate["counts"]["train"]["rows"] == kept
+    assert len(lines) == certificate["rows_read"]
 
 
 def test_photographs(shared, tmp_path):

@@ -21,7 +21,6 @@ def certify(
 ) -> dict[str, Any]:
     """The certificate of a dataset given as one table by split; `dropped` rows went to no split."""
     everything = pa.concat_tables(tables.values())
-    near = near_duplicates(tables)
     return {
         "counts": {name: _counts(table) for name, table in tables.items()},
         "rows_read": len(everything) + dropped,
@@ -31,14 +30,14 @@ def certify(
                   for a, b in itertools.combinations(tables, 2)}
             for key in ("canonical_id", "query_id")
         },
-        "near_duplicates": {"cosine_above": NEAR_DUPLICATE, "pairs": len(near), "examples": near[:5]},
+        "near_duplicates": {"cosine_above": NEAR_DUPLICATE} | near_duplicates(tables),
         "label_leakage": label_leakage(everything),
         "missing": {name: float(np.isnan(numbers(everything, name)).mean()) for name in ATTRIBUTES}
         | {name: everything[name].null_count / max(len(everything), 1)
            for name in ("image_embedding", "text_embedding", "constraints")},
         "labels": _label_shares(everything),
         "settings": settings,
-        "settings_hash": files.digest(settings),
+        "settings_hash": files.digest({k: v for k, v in settings.items() if k != "split"}),
         "input": summary,
     }  # fmt: skip
 
@@ -58,6 +57,8 @@ def breaches(certificate: dict[str, Any]) -> list[str]:
             f"{near['cosine_above']}"
         )
     found += [f"{name} alone determines y ({how})" for name, how in certificate["label_leakage"].items()]
+    if certificate["input"].get("manifest", "") is None:
+        found.append("the input was a bare file: no manifest says whether it is complete")
     shares = certificate["labels"]
     if shares[SILVER]:
         found.append(
@@ -86,18 +87,21 @@ def _label_shares(table: pa.Table) -> dict[str, float]:
             "none": kinds.count(None) / total}  # fmt: skip
 
 
-def near_duplicates(tables: dict[str, pa.Table]) -> list[dict[str, Any]]:
+def near_duplicates(tables: dict[str, pa.Table], examples: int = 5) -> dict[str, Any]:
     """Pairs of different pictures in different splits whose image embeddings nearly coincide."""
     pictures = {name: _unit_pictures(table) for name, table in tables.items()}
-    pairs = []
+    count, closest = 0, []
     for a, b in itertools.combinations(pictures, 2):
         (ids_a, unit_a), (ids_b, unit_b) = pictures[a], pictures[b]
         for start in range(0, len(ids_a), 1024):  # blocks: memory stays bounded
             cosine = unit_a[start : start + 1024] @ unit_b.T
-            for i, j in np.argwhere(cosine > NEAR_DUPLICATE):
-                if ids_a[start + i] != ids_b[j]:
-                    pairs.append({a: ids_a[start + i], b: ids_b[j], "cosine": float(cosine[i, j])})
-    return sorted(pairs, key=lambda pair: -pair["cosine"])
+            cosine[ids_a[start : start + 1024, None] == ids_b[None, :]] = 0
+            count += int((cosine > NEAR_DUPLICATE).sum())
+            for at in np.argsort(-cosine, axis=None)[:examples]:
+                i, j = np.unravel_index(at, cosine.shape)
+                if cosine[i, j] > NEAR_DUPLICATE:
+                    closest.append({a: ids_a[start + i], b: ids_b[j], "cosine": float(cosine[i, j])})
+    return {"pairs": count, "examples": sorted(closest, key=lambda pair: -pair["cosine"])[:examples]}
 
 
 def _unit_pictures(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:

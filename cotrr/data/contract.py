@@ -6,7 +6,9 @@ import msgspec
 from msgspec import Meta
 
 Share = Annotated[float, Meta(ge=0, le=1)]
-Amount = Annotated[float, Meta(ge=0)]
+# Bounds far beyond any real score, so that float32 holds what a model computes from it.
+Amount = Annotated[float, Meta(ge=0, le=1e6)]
+Score = Annotated[float, Meta(ge=-1e6, le=1e6)]
 Name = Annotated[str, Meta(min_length=1)]
 Vector = Annotated[list[float], Meta(min_length=1)]
 
@@ -44,7 +46,7 @@ class Candidate(msgspec.Struct, kw_only=True):
 
     image_embedding: Vector | None = None
     text_embedding: Vector | None = None
-    clip_score: float | None = None
+    clip_score: Score | None = None
 
     subject_ratio: Share | None = None
     object_area: Share | None = None
@@ -65,7 +67,7 @@ class Candidate(msgspec.Struct, kw_only=True):
     clarity_conflict: Share | None = None
     conflicts: list[Conflict] | None = None
 
-    dual_score: float | None = None
+    dual_score: Score | None = None
     review: Review | None = None
 
     def __post_init__(self) -> None:

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 
 from cotrr import files
 from cotrr.data import certificate, labels, runs, splits
+from cotrr.data.contract import ATTRIBUTES
 from cotrr.errors import InputError
 
 CERTIFICATE = "certificate.json"
@@ -47,9 +48,10 @@ def write(
     return result
 
 
-def hash_shards(run: runs.Run) -> dict[str, str]:
-    """SHA-256 of every shard of a run, by file name."""
-    return {shard.name: files.sha256(shard) for shard in run.shards}
+def hash_files(run: runs.Run) -> dict[str, str]:
+    """SHA-256 of every file of a run, its manifest included, by file name."""
+    manifest = [run.path / "manifest.json"] if run.manifest else []
+    return {path.name: files.sha256(path) for path in (*manifest, *run.shards)}
 
 
 def group_by_query(table: pa.Table) -> pa.Table:
@@ -60,19 +62,35 @@ def group_by_query(table: pa.Table) -> pa.Table:
     return table.take(np.argsort(first[query], kind="stable")) if len(table) else table
 
 
+class _Certificate(msgspec.Struct):
+    """The parts of a certificate that others rely on, to check what was read."""
+
+    files: dict[str, str]
+    settings: dict[str, Any]
+    counts: dict[str, dict[str, int]]
+    overlap: dict[str, dict[str, int]]
+    near_duplicates: dict[str, Any]
+    label_leakage: dict[str, str]
+    labels: dict[str, float]
+    input: dict[str, Any]
+    rows_dropped: int
+
+
 def read_certificate(folder: str | pathlib.Path) -> dict[str, Any]:
     """The certificate of a dataset folder; raises InputError where there is none."""
     path = pathlib.Path(folder) / CERTIFICATE
     try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
+        content = path.read_bytes()
+        msgspec.json.decode(content, type=_Certificate)
+        return json.loads(content)
+    except (FileNotFoundError, NotADirectoryError):
         raise InputError(
             "no certificate, so this is no dataset",
             file=path,
             remedy="Make one: python -m experiments.generate_training_data --help",
         ) from None
-    except ValueError as error:
-        raise InputError(f"broken JSON: {error}", file=path) from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"no certificate of cotrr: {error}", file=path) from None
 
 
 def read(folder: str | pathlib.Path, split: str) -> pa.Table:
@@ -87,7 +105,13 @@ def read(folder: str | pathlib.Path, split: str) -> pa.Table:
             file=path,
             remedy="Generate the dataset again",
         )
-    return pq.read_table(path)
+    try:
+        table = pq.read_table(path)
+    except pa.ArrowException as error:
+        raise InputError(f"not Parquet: {error}", file=path) from None
+    if absent := {*runs.KEYS, *ATTRIBUTES, "y", "label", "image_embedding"} - set(table.column_names):
+        raise InputError(f"columns are missing: {', '.join(sorted(absent))}", file=path)
+    return table
 
 
 def write_lines(run: runs.Run, table: pa.Table, path: pathlib.Path) -> dict[str, int]:

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from cotrr.errors import InputError
+
 GOLD, SILVER = "gold", "silver"
 
 
@@ -29,12 +31,14 @@ def label(table: pa.Table, compliance_weight: float) -> Labels:
     label: a function of features, allowed for training, flagged, never evaluated beside gold.
     """
     if not 0 <= compliance_weight <= 1:
-        raise ValueError(f"--compliance_weight={compliance_weight}: expected λ in [0, 1]")
+        raise InputError(f"--compliance_weight={compliance_weight}: expected λ in [0, 1]")
     gold = [numbers(table, name) for name in ("review_compliance", "review_conflict")]
     silver = [numbers(table, name) for name in ("compliance_score", "conflict_prob")]
     is_gold = ~np.isnan(gold[0])
     compliance, conflict = (np.where(is_gold, g, s) for g, s in zip(gold, silver, strict=True))
-    y = compliance_weight * compliance + (1 - compliance_weight) * (1 - conflict)
+    # At λ = 1 a missing conflict is no reason to leave a row unlabelled, nor at λ = 0 a compliance.
+    term = lambda weight, value: weight * value if weight else np.zeros(len(value))
+    y = term(compliance_weight, compliance) + term(1 - compliance_weight, 1 - conflict)
     unlabelled = np.isnan(y)
     kind = np.full(len(y), SILVER, object)
     kind[is_gold], kind[unlabelled] = GOLD, None

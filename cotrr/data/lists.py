@@ -54,17 +54,18 @@ def to_lists(table: pa.Table, label: str | None = None) -> Lists:
     order = np.argsort(first)  # queries by first appearance
     query = np.argsort(order)[inverse]
     first = first[order]
+    stated = lambda name: _first_stated(table[name].is_valid().to_numpy(), query, first)
     row = _pad_rows(query, len(first))
     where = row >= 0
     take = lambda values: np.where(where, values[row], np.nan).astype(np.float32)
-    text = lambda name: table[name].take(first).to_numpy(zero_copy_only=False)
+    text = lambda name: table[name].take(stated(name)).to_numpy(zero_copy_only=False)
     image, query_text = (_vectors(table, f"{name}_embedding") for name in ("image", "text"))
     return Lists(
         query_id=ids[first],
         query=text("query"),
         domain=text("domain"),
         constraints=tuple(constraint_tokens(json.loads(c or "{}")) for c in text("constraints")),
-        text=query_text[first],
+        text=query_text[stated("text_embedding")],
         image=np.where(where[..., None], image[row], np.nan),
         attributes=np.stack([take(numbers(table, name)) for name in ATTRIBUTES], axis=-1),
         **{name: take(values) for name, values in _labels(table, label).items()},
@@ -83,6 +84,15 @@ def _pad_rows(query: np.ndarray, queries: int) -> np.ndarray:
     row = np.full((queries, count.max(initial=1)), -1)
     row[query[order], position] = order
     return row
+
+
+def _first_stated(valid: np.ndarray, query: np.ndarray, first: np.ndarray) -> np.ndarray:
+    """[Q] the first row of each query that states a fact of the query; its first row if none does."""
+    rows = np.flatnonzero(valid)
+    found, at = np.unique(query[rows], return_index=True)
+    chosen = first.copy()
+    chosen[found] = rows[at]
+    return chosen
 
 
 def _vectors(table: pa.Table, name: str) -> np.ndarray:

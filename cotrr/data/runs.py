@@ -8,13 +8,14 @@ import math
 import pathlib
 import re
 import zlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
 import pyarrow as pa
 
+from cotrr import files
 from cotrr.data.contract import ATTRIBUTES, FIELDS, Candidate, Manifest
 from cotrr.errors import InputError
 
@@ -69,7 +70,7 @@ def _read_manifest(path: pathlib.Path) -> Manifest:
             file=path,
             remedy="Wait for the run to end, or name its JSONL file itself",
         ) from None
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         reason, field = _explain(error)
         raise InputError(reason, file=path, field=field) from None
     if manifest.status != "completed":
@@ -86,15 +87,18 @@ def _read_manifest(path: pathlib.Path) -> Manifest:
 
 def _find_shards(folder: pathlib.Path, manifest: Manifest) -> tuple[pathlib.Path, ...]:
     if manifest.scored_path:
-        named = folder / manifest.scored_path
+        named = folder / manifest.scored_path.replace("\0", "")
         if not named.resolve().is_relative_to(folder.resolve()):
             raise InputError(
                 f"{manifest.scored_path!r} leads out of the run folder",
                 file=folder / "manifest.json",
                 field="scored_path",
             )
-        if named.is_file():
-            return (named,)
+        if not named.is_file():
+            raise InputError(
+                f"{manifest.scored_path!r} is not there", file=folder / "manifest.json", field="scored_path"
+            )
+        return (named,)
     patterns = ("scored.jsonl", "scored.jsonl.gz", "scored-*.jsonl", "scored-*.jsonl.gz")
     shards = tuple(sorted(shard for pattern in patterns for shard in folder.glob(pattern)))
     if not shards:
@@ -106,6 +110,15 @@ def _find_shards(folder: pathlib.Path, manifest: Manifest) -> tuple[pathlib.Path
                 "the shard is there both plain and gzipped", file=folder / stem, remedy="Keep one"
             )
     return shards
+
+
+def refuse_own_files(run: Run, outputs: Iterable[pathlib.Path]) -> None:
+    """Raises InputError where an output would overwrite the run, or stand inside its folder."""
+    home = run.path.resolve()
+    for output in outputs:
+        place = output.resolve()
+        if place == home or (home.is_dir() and place.is_relative_to(home)):
+            raise InputError("the output would stand inside the run that is read", file=output)
 
 
 def read_lines(run: Run, progress: Callable[[int], None] | None = None) -> Iterator[_Line]:
@@ -134,7 +147,7 @@ def _explain(error: Exception) -> tuple[str, str | None]:
     reason, field = (match[1], match[2]) if match else (str(error), None)
     if missing := re.search(r"missing required field `(\w+)`", reason):
         field = f"{field}.{missing[1]}" if field else missing[1]
-    return reason[:1].lower() + reason[1:], field
+    return reason.replace("Expected", "expected").replace("Number", "number"), field
 
 
 def _non_finite_field(value: Any, path: str = "") -> str | None:
@@ -158,7 +171,12 @@ def parse(line: _Line) -> Candidate:
     def bad(reason: str, field: str | None = None) -> InputError:
         return InputError(reason, file=line.file, line=line.number, field=field, remedy=_FIX)
 
+    if line.content.startswith(b"\xef\xbb\xbf"):
+        raise bad("begins with a byte-order mark; save the file as UTF-8 without one")
+    if line.content.startswith(b"\x1f\x8b"):
+        raise bad("this is gzip; the file's name must end in .gz")
     try:
+        line.content.decode()
         return _decode(line.content)
     except msgspec.ValidationError as error:
         raise bad(*_explain(error)) from None
@@ -183,7 +201,7 @@ class _Reader:
         self.columns: dict[str, list] = collections.defaultdict(list)
         self.vectors: dict[str, list[np.ndarray | None]] = collections.defaultdict(list)
         self.seen: dict[tuple[str, str], str] = {}
-        self.queries: dict[str, tuple[str, dict[str, Any]]] = {}
+        self.queries: dict[str, dict[str, tuple[str, Any]]] = {}
         self.unknown: collections.Counter[str] = collections.Counter()
 
     def add(self, line: _Line) -> None:
@@ -207,13 +225,14 @@ class _Reader:
             self.dim = len(values)
         with np.errstate(over="ignore"):
             vector = np.asarray(values, np.float32)
+            norm = float(np.linalg.norm(values))
         reason = None
         if len(values) != self.dim:
             reason = f"{len(values)} numbers where this run has {self.dim}"
-        elif not np.isfinite(vector).all():
-            reason = "a number beyond the range of float32"
         elif not vector.any():
             reason = "all zeros, so its cosine is undefined"
+        elif not 1e-6 <= norm <= 1e6:
+            reason = f"a vector of length {norm:g}; expected an embedding, of length 1e-6 to 1e6"
         if reason:
             raise InputError(reason, file=line.file, line=line.number, field=name, remedy=_FIX)
         return vector
@@ -226,16 +245,16 @@ class _Reader:
             )  # fmt: skip
 
     def _check_query(self, row: Candidate, text: np.ndarray | None, line: _Line) -> None:
-        """What belongs to the query must be the same on each of its lines."""
-        facts = {
-            "query": row.query,
-            "domain": row.domain,
-            "constraints": row.constraints,
-            "text_embedding": None if text is None else text.tobytes(),
-        }
-        place, first = self.queries.setdefault(row.key[0], (f"line {line.number}", facts))
+        """What belongs to the query must be the same wherever its lines state it."""
+        facts: dict[str, Any] = {"query": row.query, "domain": row.domain}
+        if row.constraints is not None:
+            facts["constraints"] = row.constraints
+        if text is not None:
+            facts["text_embedding"] = text.tobytes()
+        known = self.queries.setdefault(row.key[0], {})
         for field, value in facts.items():
-            if value != first[field]:
+            place, first = known.setdefault(field, (f"line {line.number}", value))
+            if value != first:
                 raise InputError(
                     f"differs from what query {row.query_id!r} had on {place}",
                     file=line.file, line=line.number, field=field, remedy=_FIX,
@@ -299,8 +318,8 @@ def embedding_matrix(table: pa.Table, name: str) -> np.ndarray:
 def _fill_clip_score(table: pa.Table) -> pa.Table:
     """`clip_score` is the cosine of the two embeddings where a line does not state it."""
     image, text = embedding_matrix(table, "image_embedding"), embedding_matrix(table, "text_embedding")
-    norms = np.linalg.norm(image, axis=1) * np.linalg.norm(text, axis=1)
-    cosine = np.einsum("nd,nd->n", image, text, dtype=np.float64) / norms
+    dot = lambda a, b: np.einsum("nd,nd->n", a, b, dtype=np.float64)
+    cosine = dot(image, text) / np.sqrt(dot(image, image) * dot(text, text))
     given = table["clip_score"].to_numpy(zero_copy_only=False)
     score = np.where(np.isnan(given), cosine, given)
     column = pa.array(score, pa.float64(), mask=np.isnan(score))
@@ -329,8 +348,10 @@ def read_run(
             if quarantine is None:
                 raise
             bad.append((line, error))
-    if quarantine is not None and bad:
-        _write_quarantine(quarantine, bad)
+    if quarantine is not None:
+        quarantine.unlink(missing_ok=True)  # what an earlier reading put there is not this one's
+        if bad:
+            _write_quarantine(quarantine, bad)
     if not reader.seen:
         aside = f" ({len(bad)} lines in quarantine)" if bad else ""
         raise InputError(f"the run has no candidates{aside}", file=run.path)
@@ -360,8 +381,7 @@ def _summarise(run: Run, reader: _Reader, bad: list, quarantine: pathlib.Path | 
 
 
 def _write_quarantine(path: pathlib.Path, bad: list[tuple[_Line, InputError]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "wb") as out:
+    with files.replacing(path) as temporary, open(temporary, "wb") as out:
         for line, error in bad:
             record: dict[str, Any] = {
                 "file": line.file, "line": line.number, "field": error.field, "reason": error.reason,
@@ -391,20 +411,25 @@ def _check_manifest(run: Run, rows: Collection[tuple[str, str]], bad: list[_Line
     aside = [key for key in map(_key_of_bad, bad) if key]
     unreadable = len(bad) - len(aside)
     # Items are named `query_id/id` or `id` alone; the form with fewer strangers is the one meant.
-    forms = (lambda key: "/".join(key), lambda key: key[1])
-    name = min(forms, key=lambda form: len({form(key) for key in rows} ^ set(listed)))
-    found = {name(key) for key in rows}
-    extra, missing = found - set(listed), set(listed) - found - {name(key) for key in aside}
+    # A bare id stands once, or once for each query that has it.
+    pairs, ids = ["/".join(key) for key in rows], [key[1] for key in rows]
+    name, found = min(
+        ((lambda key: "/".join(key), pairs), (lambda key: key[1], ids)),
+        key=lambda form: len(set(form[1]) ^ set(listed)),
+    )
+    extra = set(found) - set(listed)
+    missing = set(listed) - set(found) - {name(key) for key in aside}
+    twice = collections.Counter(listed) - collections.Counter(ids if found is ids else pairs)
     if extra:
         example, state = min(extra), "only in the lines"
     elif len(missing) > unreadable:
         example, state = min(missing), "only in the manifest"
-    elif len(set(listed)) < len(listed):
-        example, state = collections.Counter(listed).most_common(1)[0][0], "listed twice"
+    elif not bad and len(set(listed)) < len(listed) and twice:
+        example, state = min(twice), "listed more often than it is there"
     else:
         return
     raise InputError(
-        f"the manifest lists {len(listed)} scored items, the lines have {len(found)}; "
+        f"the manifest lists {len(listed)} scored items, the lines have {len(rows)}; "
         f"first example {state}: {example!r}",
         file=run.path / "manifest.json",
         field="items_by_stage.scored",

@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 from numpy.random import Generator
 
-from cotrr.config import setting
+from cotrr.config import check_settings, setting
 from cotrr.data.color import delta_e_2000
 from cotrr.errors import InputError
 
@@ -83,16 +83,14 @@ class Simulation:
     created_at: str = setting("2026-01-01T00:00:00+00:00", "the manifest's time stamp (ISO 8601)")
 
     def __post_init__(self) -> None:
+        check_settings(self)
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            bounded = field.name.endswith("_rate") or field.name in (
-                "detector_error",
-                "reviewer_error",
-            )
-            if bounded and not 0 <= value <= 1:
-                raise InputError(f"{field.name} must be in [0, 1], not {value}")
-            if field.name.endswith("_noise") and value < 0:
-                raise InputError(f"{field.name} must not be negative, but is {value}")
+            share = field.name.endswith(("_rate", "_error")) and field.name != "pixel_error"
+            if share and not 0 <= value <= 1:
+                raise InputError(f"--{field.name}={value}: expected a share in [0, 1]")
+            if field.name.endswith(("_noise", "seed", "pixel_error")) and value < 0:
+                raise InputError(f"--{field.name}={value}: expected at least 0")
         if min(self.queries, self.candidates, self.embedding_dim, self.frames) < 1:
             raise InputError("queries, candidates, embedding_dim and frames must be at least 1")
         if self.candidates > self.pictures:

@@ -8,6 +8,8 @@ import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from cotrr.errors import InputError
+
 SPLITS = ("train", "validation", "test")
 DROPPED = -1
 METHODS = ("auto", "strict", "components")
@@ -32,15 +34,15 @@ def choose(unit: np.ndarray, fractions: Sequence[float]) -> np.ndarray:
 
 
 def parse_fractions(words: Sequence[str]) -> tuple[float, ...]:
-    """Train, validation and test shares, each ≥ 0, adding up to 1; raises ValueError otherwise."""
+    """Train, validation and test shares, each ≥ 0, adding up to 1; raises InputError otherwise."""
     try:
         shares = tuple(float(word) for word in words)
     except ValueError:
         shares = ()
-    if len(shares) != 3 or not (min(shares) >= 0 and shares[0] > 0 and abs(sum(shares) - 1) < 1e-6):
-        raise ValueError(
+    if len(shares) != 3 or not (min(shares) >= 0 and abs(sum(shares) - 1) < 1e-6):
+        raise InputError(
             f"--fractions={','.join(words)}: expected train,validation,test, each at least 0, "
-            "train above 0, adding up to 1, e.g. 0.7,0.15,0.15"
+            "adding up to 1, e.g. 0.7,0.15,0.15"
         )
     return shares
 

@@ -28,21 +28,23 @@ def lines(table: pa.Table, lists: Lists, scored: Scored, top_m: int, version: st
     """One JSON line per candidate, queries in input order and their candidates by rank.
 
     Each holds the scored line as it came, without its embeddings (`table` was read with
-    `keep_lines`), and what the contract adds.  `original_rank` is the place among the query's lines.
+    `keep_lines`), its keys in full, and what the contract adds.  `original_rank` is the place among
+    the query's lines; `rerank_std` is null where a model has a single lane.
     """
     for q in range(len(lists.query_id)):
         for rank, i in enumerate(order(scored.logit[q], lists.where[q], top_m), 1):
-            line = msgspec.json.decode(
-                table["line_json"][int(lists.row[q, i])].as_py(), type=dict[str, msgspec.Raw]
-            )
+            row = int(lists.row[q, i])
+            line = msgspec.json.decode(table["line_json"][row].as_py(), type=dict[str, msgspec.Raw])
+            number = lambda part, at=(q, i): round(float(part[at]), 6) if np.isfinite(part[at]) else None
+            keys = {name: table[name][row].as_py() for name in ("query_id", "domain", "id", "canonical_id")}
             added = {
-                "rerank_score": round(float(scored.score[q, i]), 6),
-                "rerank_std": round(float(scored.std[q, i]), 6),
-                "rerank_low": round(float(scored.low[q, i]), 6),
-                "rerank_high": round(float(scored.high[q, i]), 6),
-                "p_conflict": round(float(scored.p_conflict[q, i]), 6),
+                "rerank_score": number(scored.score),
+                "rerank_std": number(scored.std),
+                "rerank_low": number(scored.low),
+                "rerank_high": number(scored.high),
+                "p_conflict": number(scored.p_conflict),
                 "rank": rank,
                 "original_rank": int(i) + 1,
                 "model_version": version,
             }
-            yield msgspec.json.encode(line | added) + b"\n"
+            yield msgspec.json.encode(line | keys | added) + b"\n"

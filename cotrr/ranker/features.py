@@ -13,6 +13,7 @@ import numpy as np
 
 from cotrr.data.contract import ATTRIBUTES, GROUPS
 from cotrr.data.lists import Lists
+from cotrr.errors import InputError
 
 Leaf = Any  # of a tree: an array of NumPy or JAX, or a tracer
 NAMES = tuple(ATTRIBUTES)
@@ -85,9 +86,9 @@ def encode(lists: Lists, words: Vocabulary) -> Encoded:
 
 
 def group_mask(groups: Collection[str]) -> np.ndarray:
-    """[A] bool: the attributes of the chosen groups; raises ValueError for an unknown group."""
+    """[A] bool: the attributes of the chosen groups; raises InputError for an unknown group."""
     if unknown := set(groups) - set(GROUPS):
-        raise ValueError(f"--groups: unknown {sorted(unknown)}, expected some of {','.join(GROUPS)}")
+        raise InputError(f"--groups: unknown {sorted(unknown)}, expected some of {','.join(GROUPS)}")
     return np.array([group in groups for group in ATTRIBUTES.values()])
 
 

@@ -12,6 +12,8 @@ from cotrr.errors import InputError
 from cotrr.ranker import artifact, calibration, features, training
 from cotrr.ranker.training import Lanes, State, TrainConfig, Trainer
 
+PAIRS_LIMIT = 8e9  # bytes of pair matrices in one step
+
 
 class Development(NamedTuple):
     """The lists that a model is developed on, and where each row came from."""
@@ -42,6 +44,7 @@ def set_up(development: Development, config: TrainConfig, metric: Callable[..., 
     lists = development.lists
     lanes = training.make_lanes(lists, development.canonical_id, development.validation, config)
     _check(lanes, config)
+    _check_memory(lists, lanes, config)
     mask = features.group_mask(config.groups.split(","))
     words = features.vocabulary(_rows(lists, lanes.train[-1]))
     settings = features.Settings(
@@ -85,6 +88,20 @@ def _check(lanes: Lanes, config: TrainConfig) -> None:
             f"{idle.sum()} of {len(idle)} lanes have no labelled rows held out for validation",
             field="y",
             remedy="Without a validation split use --folds=5; with little data fewer folds",
+        )
+
+
+def _check_memory(lists: Lists, lanes: Lanes, config: TrainConfig) -> None:
+    """The pair matrices of one step must fit: all lists of a batch are padded to the longest."""
+    queries, longest = lists.where.shape
+    size = 3 * 4 * len(lanes.final) * min(config.batch_queries, queries) * longest**2
+    if size > PAIRS_LIMIT:
+        query = lists.query_id[lists.where.sum(axis=1).argmax()]
+        raise InputError(
+            f"a step would need about {size / 1e9:.0f} GB for pairs of candidates: query {query!r} has "
+            f"{longest:,}",
+            field="query_id",
+            remedy="Set a smaller --batch_queries, or fewer --folds",
         )
 
 

@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from cotrr.config import setting
+from cotrr.config import check_settings, setting
 from cotrr.data.lists import Lists
 from cotrr.data.splits import unit_hash
+from cotrr.errors import InputError
 from cotrr.ranker import losses, model
 from cotrr.ranker.features import Features, Leaf
 from cotrr.ranker.model import Params, Reranker, Scores
@@ -26,28 +27,33 @@ from cotrr.ranker.model import Params, Reranker, Scores
 class TrainConfig:
     """Settings of a training run; each is a flag."""
 
-    seed: int = setting(0, "Seed of parameters, batches and dropout.")
+    seed: int = setting(0, "Seed of parameters, batches and dropout.", low=0, high=2**31)
     folds: int = setting(5, "Cross-validation folds over train and validation together; 0 validates "
-                            "on the validation split.")  # fmt: skip
-    members: int = setting(1, "Ensemble members (and as many lanes per fold).")
+                            "on the validation split.", low=0)  # fmt: skip
+    members: int = setting(1, "Ensemble members (and as many lanes per fold).", low=1)
     groups: str = setting("clip,so,conflict", "Feature groups to use.")
-    image_components: int = setting(64, "Principal components of the image embeddings.")
-    text_components: int = setting(16, "Principal components of the text embeddings.")
+    image_components: int = setting(64, "Principal components of the image embeddings.", low=0)
+    text_components: int = setting(16, "Principal components of the text embeddings.", low=0)
     image_size: float = setting(0.6, "Root mean square of the image components: smaller, and the "
-                                     "penalty holds them tighter.")  # fmt: skip
-    text_size: float = setting(0.1, "Root mean square of the text components.")
-    hidden: int = setting(0, "Width of the hidden layer; 0 leaves it out.")
-    epochs: int = setting(50, "Passes over the queries, at most.")
-    patience: int = setting(50, "Epochs without a lower validation loss before training stops.")
-    batch_queries: int = setting(60, "Queries per step.")
-    learning_rate: float = setting(1e-2, "Peak learning rate (Adam, cosine schedule).")
-    penalty: float = setting(0.01, "L2 penalty: this times the sum of squared weights.")
-    dropout: float = setting(0.0, "Dropout of the hidden layer.")
-    pair_power: float = setting(0.0, "A pair weighs |Δy| to this power; 0 is plain RankNet.")
-    margin: float = setting(0.0, "Score margin beyond which a pair counts as right.")
+                                     "penalty holds them tighter.", low=0)  # fmt: skip
+    text_size: float = setting(0.1, "Root mean square of the text components.", low=0)
+    hidden: int = setting(0, "Width of the hidden layer; 0 leaves it out.", low=0)
+    epochs: int = setting(50, "Passes over the queries, at most.", low=1)
+    patience: int = setting(50, "Epochs without a lower validation loss before training stops.", low=1)
+    batch_queries: int = setting(60, "Queries per step.", low=1)
+    learning_rate: float = setting(1e-2, "Peak learning rate (Adam, cosine schedule).", low=0)
+    penalty: float = setting(0.01, "L2 penalty: this times the sum of squared weights.", low=0)
+    dropout: float = setting(0.0, "Dropout of the hidden layer.", low=0, high=0.99)
+    pair_power: float = setting(0.0, "A pair weighs |Δy| to this power; 0 is plain RankNet.", low=0)
+    margin: float = setting(0.0, "Score margin beyond which a pair counts as right.", low=0)
     pointwise_weight: float = setting(1.0, "Weight of the cross-entropy of the score to y, which "
-                                           "makes scores comparable across queries.")  # fmt: skip
-    conflict_weight: float = setting(0.5, "Weight of the conflict head's cross-entropy.")
+                                           "makes scores comparable across queries.", low=0)  # fmt: skip
+    conflict_weight: float = setting(0.5, "Weight of the conflict head's cross-entropy.", low=0)
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        if self.folds == 1:
+            raise InputError("--folds=1: expected 0 (the validation split) or at least 2")
 
 
 class Hyperparameters(NamedTuple):

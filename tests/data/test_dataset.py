@@ -94,7 +94,7 @@ def test_a_fraction_may_be_zero(many, make, tmp_path):
     assert len(to_lists(dataset.read(tmp_path / "data", "test")).query_id) == 0
 
 
-@pytest.mark.parametrize("words", ["1", "0.5,0.5,0.5", "0,0.5,0.5", "a,0,1", "1.2,-.2,0", "nan,0,1"])
+@pytest.mark.parametrize("words", ["1", "0.5,0.5,0.5", "0.5,nan,0.5", "a,0,1", "1.2,-.2,0", "nan,0,1"])
 def test_bad_fractions(words):
     with pytest.raises(ValueError, match=r"--fractions=.*adding up to 1"):
         splits.parse_fractions(words.split(","))

@@ -9,6 +9,7 @@ import pytest
 
 from cotrr.data import runs
 from cotrr.data.contract import ATTRIBUTES, Candidate, constraint_tokens, picture_of
+from cotrr.data.lists import to_lists
 from cotrr.errors import InputError
 from tests.conftest import scored_line
 
@@ -80,6 +81,7 @@ BAD_LINES = {
     "broken JSON": ('{"query": "a", ', "broken JSON", None),
     "not an object": ("[1, 2]", "expected `object`", None),
     "not UTF-8": ("\udcff", "broken JSON", None),
+    "not UTF-8 inside": ('{"query": "a", "id": "b", "other": "\udcff"}', "broken JSON", None),
     "wrong type": (scored_line(0, 0, subject_ratio="big"), "expected `float", "subject_ratio"),
     "bool for a number": (scored_line(0, 0, subject_ratio=True), "got `bool`", "subject_ratio"),
     "out of range": (scored_line(0, 0, compliance_score=1.5), "<= 1.0", "compliance_score"),
@@ -87,7 +89,10 @@ BAD_LINES = {
     "NaN": (scored_line(0, 0, brightness=math.nan), "NaN or infinity", "brightness"),
     "infinity": (scored_line(0, 0, image_embedding=[1, math.inf, 0, 0]), "NaN", "image_embedding[1]"),
     "too large": ('{"query":"a","id":"b","clip_score":1e999}', "number out of range", "clip_score"),
-    "beyond float32": (scored_line(0, 0, image_embedding=[1e300, 1, 1, 1]), "float32", "image_embedding"),
+    "too long": (scored_line(0, 0, image_embedding=[1e300, 1, 1, 1]), "of length inf", "image_embedding"),
+    "too short": (scored_line(0, 0, image_embedding=[1e-9, 0, 0, 0]), "of length 1e-09", "image_embedding"),
+    "huge": (scored_line(0, 0, color_delta_e=1e39), "<= 1000000.0", "color_delta_e"),
+    "byte-order mark": ("\ufeff" + json.dumps(scored_line(0, 0)), "byte-order mark", None),
     "other length": (scored_line(0, 1, image_embedding=[1.0, 2.0]), "2 numbers where", "image_embedding"),
     "all zeros": (scored_line(0, 0, text_embedding=[0, 0, 0, 0]), "all zeros", "text_embedding"),
     "unknown label": (scored_line(0, 0, review={"compliance": 0.5, "conflict": 2}),
@@ -180,6 +185,26 @@ def test_manifest_broken_or_absent(write_run, lines):
     assert reading.summary["manifest"] is None and reading.summary["rows"] == 48
     with pytest.raises(InputError, match="no such run"):
         runs.read_run(folder / "absent")
+
+
+def test_ids_may_stand_once_for_each_query(write_run, lines):
+    ids = [line["id"] for line in lines]
+    assert len(runs.read_run(write_run(lines, manifest=ids)).table) == 48
+    with pytest.raises(InputError, match="listed more often than it is there: 'p0'"):
+        runs.read_run(write_run(lines, manifest=[*ids, *["p0"] * 9]))
+
+
+def test_a_line_may_leave_out_what_others_say_of_the_query(write_run):
+    bare = scored_line(0, 0, text_embedding=..., constraints=...)
+    table = runs.read_run(write_run([bare, scored_line(0, 1)])).table
+    lists = to_lists(table)
+    assert lists.constraints == (("color=pink",),)
+    np.testing.assert_array_equal(lists.text[0], np.float32(scored_line(0, 1)["text_embedding"]))
+
+
+def test_scored_path_must_be_there(write_run, lines):
+    with pytest.raises(InputError, match="not there"):
+        runs.read_run(write_run(lines, scored_path="scored-final.jsonl"))
 
 
 def test_scored_path_cannot_leave_the_folder(write_run, lines):

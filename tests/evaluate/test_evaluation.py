@@ -47,6 +47,7 @@ def make_lists(compliance, y=None, conflict=None, where=None, domain=None) -> Li
         compliance=part(None).astype(np.float32),
         conflict=part(conflict).astype(np.float32),
         dual_score=np.full((queries, n), np.nan, np.float32),
+        gold=where,
         row=np.where(where, np.arange(queries * n).reshape(queries, n), -1),
         where=where,
     )

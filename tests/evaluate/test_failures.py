@@ -41,7 +41,8 @@ def lists():
         query_id=text("id"), query=text("query"), domain=text("domain"),
         constraints=(("color=pink", "glass=a=b"), *((),) * (queries - 1)),
         text=np.zeros((queries, 0)), image=np.zeros((queries, n, 0)), attributes=np.zeros((queries, n, 0)),
-        y=y, compliance=COMPLIANCE, conflict=y, dual_score=np.full(WHERE.shape, NAN), row=rows, where=WHERE,
+        y=y, compliance=COMPLIANCE, conflict=y, dual_score=np.full(WHERE.shape, NAN), gold=WHERE,
+        row=rows, where=WHERE,
     )  # fmt: skip
 
 

@@ -42,6 +42,7 @@ def development(queries: int = 24, n: int = 8, d: int = 6, pictures: int = 60, s
         compliance=inside(y),
         conflict=inside(rng.uniform(size=where.shape) < 0.4 * (1 - y)),
         dual_score=inside(rng.uniform(size=where.shape)),
+        gold=where.copy(),
         row=row,
         where=where,
     )
@@ -55,7 +56,7 @@ def padded(lists: Lists, extra: int, garbage: float = np.nan) -> Lists:
     def pad(name: str, values):
         if values is lists.constraints or values.ndim < 2 or name == "text":
             return values
-        fill = {"where": False, "row": -1}.get(name, garbage)
+        fill = {"where": False, "gold": False, "row": -1}.get(name, garbage)
         width = [(0, 0), (0, extra)] + [(0, 0)] * (values.ndim - 2)
         return np.pad(values, width, constant_values=fill)
 

@@ -1,6 +1,7 @@
 """The model folder: what is saved is what is scored, and what was changed is refused."""
 
 import json
+import re
 
 import jax
 import numpy as np
@@ -9,23 +10,25 @@ import pytest
 from cotrr import files
 from cotrr.data.contract import ATTRIBUTES
 from cotrr.errors import InputError
-from cotrr.ranker import artifact, features
+from cotrr.ranker import artifact, features, fitting
 from cotrr.ranker.calibration import Calibration, Platt
 from cotrr.ranker.model import Reranker
 from tests.ranker.synthetic import assert_same_bits, development, padded, randomised
 
 DATA = development()
 LISTS = DATA.lists
+MASK = features.group_mask(features.GROUPS)
 
 
 def make_model(hidden=4, lists=LISTS):
-    """Two fold lanes and two final members with random parameters."""
+    """Two fold lanes and two final members: random parameters, and each its own statistics."""
     words = features.vocabulary(lists)
-    statistics = features.fit(lists, words, features.Settings(4, 3, 0.6, 0.1))
-    mask = features.group_mask(features.GROUPS)
-    inputs = artifact.featurize_all(statistics, features.encode(lists, words), mask)
+    quarters = [lists.take(np.flatnonzero(np.arange(24) % 4 != k)) for k in range(4)]
+    fitted = [features.fit(part, words, features.Settings(4, 3, 0.6, 0.1)) for part in quarters]
+    statistics = features.Statistics(*(np.stack(part) for part in zip(*fitted, strict=True)))
+    inputs = fitting.featurize_lanes(statistics, features.encode(lists, words), MASK)
     keys = jax.random.split(jax.random.key(0), 4)
-    one = jax.tree.map(lambda x: x[0], inputs)
+    one = jax.tree.map(lambda x: x[0, 0], inputs)
     params = jax.vmap(Reranker(hidden=hidden).init, in_axes=(0, None))(keys, one)
     calibration = Calibration(Platt(0.5, -0.2), Platt(0.4, -1.0), 0.15, 20)
     pictures = DATA.canonical_id[:16][lists.where[:16]]
@@ -49,8 +52,16 @@ def folder(model, tmp_path):
 
 
 def change_facts(folder, **changes):
-    facts = json.loads((folder / "model.json").read_text())
-    (folder / "model.json").write_text(json.dumps(facts | changes))
+    """Changes what model.json says, with a version that goes with it."""
+    facts = json.loads((folder / "model.json").read_text()) | changes
+    del facts["version"]
+    version = f"{facts['name']}-{files.digest(facts)[:12]}"
+    (folder / "model.json").write_text(json.dumps(facts | {"version": version}))
+
+
+def version_of(model, folder):
+    artifact.save(model, folder)
+    return artifact.load(folder).version
 
 
 @pytest.mark.parametrize("hidden", [0, 4])
@@ -64,8 +75,8 @@ def test_a_loaded_model_scores_the_same_bits(hidden, tmp_path):
     assert_same_bits(model.seen, loaded.seen)
     same = ("config", "vocabulary", "calibration", "provenance")
     assert [getattr(model, k) for k in same] == [getattr(loaded, k) for k in same]
-    assert loaded.version == artifact.version(tmp_path)
-    assert loaded.version.startswith("light-")
+    assert loaded.version == json.loads((tmp_path / "model.json").read_text())["version"]
+    assert re.fullmatch("light-[0-9a-f]{12}", loaded.version)
 
 
 def test_saving_twice_gives_the_same_bytes(model, folder, tmp_path):
@@ -73,9 +84,32 @@ def test_saving_twice_gives_the_same_bytes(model, folder, tmp_path):
     for name in ("weights.npz", "trained_on.npz", "model.json"):
         assert (folder / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
     assert sorted(p.name for p in folder.iterdir()) == ["model.json", "trained_on.npz", "weights.npz"]
-    other = model._replace(params=jax.tree.map(lambda x: x + 1, model.params))
-    artifact.save(other, tmp_path / "other")
-    assert artifact.version(tmp_path / "other") != artifact.version(folder)
+    assert artifact.load(folder).version == artifact.load(tmp_path / "again").version
+    assert version_of(artifact.load(folder), tmp_path / "reloaded") == artifact.load(folder).version
+
+
+def test_models_that_differ_in_anything_have_different_versions(model, tmp_path):
+    calibration, plus_one = model.calibration, lambda tree: jax.tree.map(lambda x: x + 1, tree)
+    others = {
+        "none": {},
+        "rank": {"calibration": calibration._replace(rank=Platt(0.5, -0.2 + 1e-12))},
+        "conflict": {"calibration": calibration._replace(conflict=Platt(0.41, -1.0))},
+        "radius": {"calibration": calibration._replace(radius=0.16)},
+        "queries": {"calibration": calibration._replace(queries=21)},
+        "params": {"params": plus_one(model.params)},
+        "statistics": {"statistics": plus_one(model.statistics)},
+        "final": {"final": ~model.final},
+        "config": {"config": model.config | {"groups": "so,conflict"}},
+        "vocabulary": {"vocabulary": model.vocabulary._replace(domains=("d0", "d2"))},
+        "provenance": {"provenance": {"best_epoch": 4}},
+        "seen": {"seen": model.seen | {"query_id": model.seen["query_id"][1:]}},
+        "name": {"name": "other"},
+    }
+    found = {name: version_of(model._replace(**part), tmp_path / name) for name, part in others.items()}
+    assert len(set(found.values())) == len(others), found
+    weights = {name: files.sha256(tmp_path / name / "weights.npz") for name in others}
+    same = [name for name in others if weights[name] == weights["none"]]
+    assert sorted(set(others) - set(same)) == ["final", "params", "statistics"]
 
 
 def test_nothing_is_pickled(folder):
@@ -101,6 +135,50 @@ def test_changed_files_are_refused(folder):
         assert error.value.file == folder / name
         (folder / name).write_bytes(kept)
     artifact.load(folder)
+
+
+def leaves_of(value, path=()):
+    """Paths of all that is neither a list nor an object, and of what is an empty one."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    below = [found for key, item in items for found in leaves_of(item, (*path, key))]
+    return below or [path]
+
+
+def place_of(facts, path):
+    for key in path[:-1]:
+        facts = facts[key]
+    return facts, path[-1]
+
+
+def test_any_change_of_any_value_is_refused(model, folder):
+    text = (folder / "model.json").read_text()
+    paths = leaves_of(json.loads(text))
+    assert {path[0] for path in paths} == set(json.loads(text)) and len(paths) > 30
+
+    def refused(facts):
+        (folder / "model.json").write_text(json.dumps(facts))
+        with pytest.raises(InputError, match=r"model\.json: changed since it was saved") as error:
+            artifact.load(folder)
+        assert error.value.file == folder / "model.json"
+
+    for path in paths:
+        facts = json.loads(text)
+        place, key = place_of(facts, path)
+        kept = place[key]
+        text_too = [kept + "x", kept.upper() if kept.upper() != kept else kept[1:]]
+        changes = text_too if isinstance(kept, str) else [kept + 1, float(np.nextafter(kept, 9)), str(kept)]
+        for change in [*changes, None, [kept]]:
+            place[key] = change
+            refused(facts)
+        if path != ("version",):
+            if path != ("name",):
+                del place[key]
+                refused(facts)
+            facts = json.loads(text)
+            place_of(facts, path)[0].__class__ is dict and place_of(facts, path)[0].update(more=1)
+            facts != json.loads(text) and refused(facts)
+    (folder / "model.json").write_text(json.dumps(json.loads(text), indent=7))  # the values alone count
+    assert artifact.load(folder).version == json.loads(text)["version"]
 
 
 @pytest.mark.parametrize("name", ["model.json", "weights.npz", "trained_on.npz"])
@@ -130,7 +208,16 @@ def test_other_attributes_or_format_are_refused(folder):
 @pytest.mark.parametrize("text", ['{"format": 1', "[]", "{}", "null", '{"files": []}', '{"files": {}}'])
 def test_broken_json_is_named(folder, text):
     (folder / "model.json").write_text(text)
-    with pytest.raises(InputError, match=r"model\.json: no model of cotrr|weights"):
+    with pytest.raises(InputError, match=r"model\.json: no model of cotrr"):
+        artifact.load(folder)
+
+
+@pytest.mark.parametrize("changes", [
+    {"files": []}, {"files": {}}, {"calibration": None}, {"calibration": {"radius": "wide"}}, {"format": []},
+])  # fmt: skip
+def test_other_facts_under_a_version_that_goes_with_them_are_named(folder, changes):
+    change_facts(folder, **changes)
+    with pytest.raises(InputError, match=r"model\.json: (no model of cotrr|saved by another version)"):
         artifact.load(folder)
 
 
@@ -158,13 +245,17 @@ def test_scores_are_probabilities_inside_their_interval(model):
 
 
 def test_scores_by_hand(model):
-    inputs = artifact.inputs_of(model, LISTS)
-    lanes = artifact.lane_scores(model.params, inputs, hidden=4)
+    encoded = features.encode(LISTS, model.vocabulary)
+    lanes = artifact.lane_scores(model.params, model.statistics, encoded, MASK, hidden=4)
+    assert lanes.rank.shape == lanes.conflict.shape == (4, 24, 8)
     scored = artifact.score(model, LISTS)
     q, i = 3, 2
-    one = lambda lane: Reranker(hidden=4).apply(
-        jax.tree.map(lambda x: x[lane], model.params), jax.tree.map(lambda x: x[q], inputs)
-    )
+
+    def one(lane):  # by its own statistics
+        params, fitted = jax.tree.map(lambda x: x[lane], (model.params, model.statistics))
+        query = features.featurize(fitted, jax.tree.map(lambda x: x[q], encoded), MASK)
+        return Reranker(hidden=4).apply(params, query)
+
     rank = np.array([float(one(lane).rank[i]) for lane in range(4)])
     conflict = np.array([float(one(lane).conflict[i]) for lane in range(4)])
     np.testing.assert_allclose(lanes.rank[:, q, i], rank, rtol=1e-4, atol=1e-5)
@@ -190,14 +281,24 @@ def test_batches_and_padding_do_not_change_scores(model):
 
 def test_embeddings_of_another_length_are_refused(model):
     for d in (5, 7):
-        with pytest.raises(InputError, match=rf"\({d}, {d}\) numbers, the model was trained on \(6, 6\)"):
-            artifact.score(model, development(d=d).lists)
-    with pytest.raises(InputError, match=r"\(6, 5\)"):
-        artifact.score(model, LISTS._replace(text=LISTS.text[:, :5]))
-    none = np.zeros(0, np.float32)
-    plain = model._replace(statistics=model.statistics._replace(image_mean=none, text_mean=none))
-    with pytest.raises(InputError, match=r"trained on \(0, 0\)"):
-        artifact.score(plain, LISTS)
+        other = development(d=d).lists
+        for lists, field in (
+            (other, "image_embedding"),
+            (LISTS._replace(image=other.image), "image_embedding"),
+            (LISTS._replace(text=other.text), "text_embedding"),
+        ):
+            with pytest.raises(InputError, match=f"{d} numbers where the model was trained on 6") as error:
+                artifact.score(model, lists)
+            assert error.value.field == field and "encoder" in str(error.value)
+
+
+def test_a_model_without_embeddings_leaves_them_aside():
+    nothing = development(d=0).lists
+    plain = make_model(lists=nothing)
+    scored = artifact.score(plain, nothing)
+    assert np.ptp(scored.score[LISTS.where]) > 0.01
+    with_them = nothing._replace(image=LISTS.image, text=LISTS.text)
+    assert_same_bits(artifact.score(plain, with_them)._asdict(), scored._asdict())
 
 
 @pytest.mark.parametrize("kinds", [("image", "text"), ("image",), ("text",)])
@@ -209,6 +310,35 @@ def test_a_run_without_embeddings_is_scored_as_if_they_were_missing(model, kinds
     assert np.isfinite(scored.score).all() and np.ptp(scored.score[LISTS.where]) > 0.01
     assert_same_bits(scored._asdict(), artifact.score(model, missing)._asdict())
     assert not np.array_equal(scored.score, artifact.score(model, LISTS).score)
+
+
+@pytest.mark.parametrize("names", [("conflict_prob",), ("clip_score", "brightness"), tuple(ATTRIBUTES)])
+def test_a_field_absent_in_training_and_present_later_changes_no_score(names):
+    columns = [list(ATTRIBUTES).index(name) for name in names]
+    absent = LISTS.attributes.copy()
+    absent[..., columns] = np.nan
+    lists = LISTS._replace(attributes=absent)
+    model = make_model(lists=lists)
+    scored = artifact.score(model, lists)
+    assert np.ptp(scored.score[LISTS.where]) > 0.01
+    assert_same_bits(artifact.score(model, LISTS)._asdict(), scored._asdict())
+    inputs = fitting.featurize_lanes(model.statistics, features.encode(LISTS, model.vocabulary), MASK)
+    assert (np.asarray(inputs.base)[..., 1] == 0).all() == ("conflict_prob" in names)
+    assert not np.array_equal(artifact.score(make_model(), LISTS).score, scored.score)
+
+
+def test_a_single_lane_has_no_spread(model, tmp_path):
+    first = lambda tree: jax.tree.map(lambda value: value[2:3], tree)
+    one = model._replace(params=first(model.params), statistics=first(model.statistics), final=np.array([True]))
+    scored = artifact.score(one, LISTS)
+    assert np.isnan(scored.std[LISTS.where]).all()  # unknown, and not a certainty of 0
+    assert (scored.std[~LISTS.where] == 0).all()
+    for name, part in scored._asdict().items():
+        assert name == "std" or np.isfinite(part[LISTS.where]).all(), name
+    twice = jax.tree.map(lambda value: np.repeat(value, 2, axis=0), (one.params, one.statistics))
+    both = one._replace(params=twice[0], statistics=twice[1], final=np.array([False, True]))
+    np.testing.assert_allclose(artifact.score(both, LISTS).std, 0, atol=1e-9)
+    np.testing.assert_allclose(artifact.score(both, LISTS).score, scored.score, atol=1e-6)
 
 
 def test_no_lists_and_empty_lists(model):

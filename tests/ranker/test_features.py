@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from cotrr.evaluate.metrics import ndcg
-from cotrr.ranker import artifact, features, fitting
+from cotrr.ranker import features, fitting
 from cotrr.ranker.training import TrainConfig
 from tests.ranker.synthetic import NAMES, assert_same_bits, development, padded
 
@@ -15,10 +15,11 @@ SETTINGS = features.Settings(4, 3, 0.6, 0.1)
 EVERY = np.ones(len(NAMES), bool)
 A = len(NAMES)
 column = NAMES.index
+BATCHED = jax.jit(jax.vmap(features.featurize, in_axes=(None, 0, None)))
 
 
 def featurize(lists, statistics, words, mask=EVERY):
-    return artifact.featurize_all(statistics, features.encode(lists, words), mask)
+    return BATCHED(statistics, features.encode(lists, words), mask)
 
 
 @pytest.fixture
@@ -187,11 +188,41 @@ def test_rule_by_hand(lists, words):
 
 def test_a_rule_that_was_constant_in_training_stays_in_its_own_units(lists, words):
     for name in features.RULE:
-        lists.attributes[lists.where, column(name)] = np.nan
+        lists.attributes[lists.where, column(name)] = 0.25
     statistics = features.fit(lists, words, SETTINGS)
     lists.attributes[0, :2, column("compliance_score")] = 0.5, 1.0
-    base = featurize(lists, statistics, words).base[0, :2, 0]
-    np.testing.assert_allclose(base, [0.35, 0.7], rtol=1e-5)
+    base = featurize(lists, statistics, words).base[0, :3, 0]
+    np.testing.assert_allclose(base, [0.7 * 0.25, 0.7 * 0.75, 0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", [*features.RULE, "brightness"])
+def test_an_attribute_that_training_never_saw_has_no_influence(lists, words, name):
+    values = lists.attributes[..., column(name)].copy()
+    lists.attributes[..., column(name)] = np.nan
+    statistics = features.fit(lists, words, SETTINGS)
+    assert statistics.missing[column(name)] == 1
+    without = featurize(lists, statistics, words)
+    for later in (values, np.where(lists.where, 1e6, np.nan), np.where(values > 0.5, values, np.nan)):
+        lists.attributes[..., column(name)] = later
+        assert_same_bits(featurize(lists, statistics, words), without)
+    standard = np.asarray(without.attributes)
+    assert (standard[..., [column(name), A + column(name)]] == 0).all()
+    base = np.asarray(without.base)[lists.where]
+    assert (base[:, 1] == 0).all() == (name == "conflict_prob")
+    # The rule is that of its other terms.
+    rest = np.asarray(features.rule_score(np.nan_to_num(lists.attributes), set(features.RULE) - {name}))
+    rule = rest[lists.where]
+    np.testing.assert_allclose(base[:, 0], (rule - rule.mean()) / rule.std(), atol=1e-4)
+
+
+def test_a_conflict_probability_that_training_never_saw_gives_a_base_of_zero(lists, words):
+    probability = lists.attributes[..., column("conflict_prob")].copy()
+    seen = featurize(lists, features.fit(lists, words, SETTINGS), words).base[..., 1]
+    assert np.abs(np.asarray(seen)[lists.where]).max() > 1
+    lists.attributes[..., column("conflict_prob")] = np.nan
+    statistics = features.fit(lists, words, SETTINGS)
+    lists.attributes[..., column("conflict_prob")] = probability
+    assert (np.asarray(featurize(lists, statistics, words).base)[..., 1] == 0).all()
 
 
 @pytest.mark.parametrize("group", features.GROUPS)
@@ -245,14 +276,23 @@ def test_principal_axes_have_the_wanted_size_and_are_orthogonal():
 def test_principal_axes_of_little():
     rng = np.random.default_rng(0)
     vectors = rng.normal(size=(3, 6))
-    assert features.principal_axes(vectors, 5, 1.0)[1].shape == (6, 2)  # three points span a plane
-    assert features.principal_axes(vectors[:1], 5, 1.0)[1].shape == (6, 0)
+    mean, axes = features.principal_axes(vectors, 5, 0.7)
+    assert axes.shape == (6, 5)  # always as many as asked for, so that lanes stack
+    assert (np.abs(axes[:, :2]).sum(axis=0) > 0.1).all()  # three points span a plane ...
+    assert (axes[:, 2:] == 0).all()  # ... and no more
+    projected = ((vectors - mean) @ axes)[:, :2]
+    assert np.sqrt(np.mean(projected**2)) == pytest.approx(0.7)  # of the axes that are spanned
+    np.testing.assert_allclose(projected @ np.linalg.pinv(axes[:, :2]), vectors - mean, atol=1e-12)
+    assert features.principal_axes(rng.normal(size=(9, 6)), 8, 1.0)[1].shape == (6, 6)
+    alone = features.principal_axes(vectors[:1], 5, 1.0)
+    assert alone[1].shape == (6, 5) and (alone[1] == 0).all()
+    np.testing.assert_array_equal(alone[0], vectors[0])
     assert features.principal_axes(vectors, 0, 1.0)[1].shape == (6, 0)
     assert [part.shape for part in features.principal_axes(np.zeros((3, 0)), 5, 1.0)] == [(0,), (0, 0)]
     holed = np.vstack([vectors, np.full((2, 6), np.nan)])
     assert_same_bits(features.principal_axes(holed, 5, 1.0), features.principal_axes(vectors, 5, 1.0))
     nothing = features.principal_axes(np.full((2, 6), np.nan), 5, 1.0)
-    assert nothing[1].shape == (6, 0) and np.isfinite(nothing[0]).all()
+    assert nothing[1].shape == (6, 5) and (nothing[1] == 0).all() and (nothing[0] == 0).all()
 
 
 def test_lists_without_embeddings(words):
@@ -308,8 +348,68 @@ def test_statistics_know_nothing_but_training_rows():
     assert one.vocabulary == two.vocabulary
     assert_same_bits(one.statistics, two.statistics)
     learned = lists.labelled & ~clean.validation[:, None]
-    assert_same_bits(one.inputs.attributes[learned], two.inputs.attributes[learned])
-    assert_same_bits(one.inputs.image[learned], two.inputs.image[learned])
+    seen = [fitting.featurize_lanes(s.statistics, s.encoded, s.mask) for s in (one, two)]
+    for name in ("attributes", "image", "base"):
+        before, after = (np.asarray(getattr(inputs, name)) for inputs in seen)
+        assert before.shape[:3] == (1, 24, 8) and np.abs(before[0][learned]).max() > 0.1
+        np.testing.assert_array_equal(before[0][learned], after[0][learned])
+        assert not np.array_equal(before, after)
     # And a training row does count.
     lists.attributes[5, 1] += 1
     assert not np.array_equal(fitting.set_up(clean, config, ndcg).statistics.mean, one.statistics.mean)
+
+
+FOLDED = TrainConfig(folds=3, members=2, image_components=4, text_components=2)
+
+
+def lane(setup, k):
+    return jax.tree.map(lambda value: value[k], setup.statistics)
+
+
+@pytest.fixture(scope="module")
+def folded():
+    """Lists whose rows are now and then without a label, by three folds of two members."""
+    clean = development()
+    clean.lists.y[:4, 0] = np.nan
+    clean.lists.attributes[::2, 1, 0] = np.nan
+    return fitting.set_up(clean, FOLDED, ndcg)
+
+
+def test_statistics_are_those_of_the_lanes_own_training_rows(folded):
+    lists, lanes = folded.development.lists, folded.lanes
+    assert {len(leaf) for leaf in jax.tree.leaves(folded.statistics)} == {8}
+    for k, rows in enumerate(lanes.train):
+        values = lists.attributes[rows]
+        fitted = lane(folded, k)
+        np.testing.assert_allclose(fitted.missing, np.isnan(values).mean(axis=0), atol=1e-6)
+        np.testing.assert_allclose(fitted.mean[-1], np.nanmean(values, axis=0), rtol=1e-4)
+        np.testing.assert_allclose(fitted.scale[-1], np.nanstd(values, axis=0), rtol=1e-4)
+        np.testing.assert_allclose(fitted.label_scale[-1], np.std(lists.y[rows]), rtol=1e-4)
+        pictures = np.unique(lists.image[rows], axis=0)
+        np.testing.assert_allclose(fitted.image_mean, pictures.mean(axis=0), atol=1e-5)
+        np.testing.assert_allclose(fitted.text_mean, lists.text[rows.any(axis=1)].mean(axis=0), atol=1e-5)
+    for k in (0, 2, 4, 6):  # members of a fold share their rows, folds do not
+        assert_same_bits(lane(folded, k), lane(folded, k + 1))
+    assert len(np.unique(folded.statistics.mean[::2, -1, 0])) == 4
+
+
+@pytest.mark.parametrize("fold", range(3))
+@pytest.mark.parametrize("part", ["attributes", "image", "text", "y"])
+def test_what_a_lane_does_not_learn_from_leaves_its_statistics_alone(folded, fold, part):
+    clean, k = folded.development, 2 * fold
+    rows = {"held out": folded.lanes.held_out[k], "not learned from": ~folded.lanes.train[k]}
+    rng = np.random.default_rng(fold)
+    for name, changed in rows.items():
+        if part == "text":
+            changed = (changed.any(axis=1) & ~folded.lanes.train[k].any(axis=1))[:, None]
+        old = getattr(clean.lists, part)
+        where = changed.reshape(changed.shape + (1,) * (old.ndim - changed.ndim))
+        new = np.where(where & ~np.isnan(old), rng.normal(size=old.shape) * 100, old).astype(np.float32)
+        assert not np.array_equal(new, old, equal_nan=True), name
+        other = fitting.set_up(clean._replace(lists=clean.lists._replace(**{part: new})), FOLDED, ndcg)
+        np.testing.assert_array_equal(other.lanes.train, folded.lanes.train)
+        for member in (k, k + 1):
+            assert_same_bits(lane(other, member), lane(folded, member))
+        # Those that do learn from these rows notice.
+        final = zip(*(jax.tree.leaves(lane(setup, -1)) for setup in (other, folded)), strict=True)
+        assert any(not np.array_equal(one, two) for one, two in final), name

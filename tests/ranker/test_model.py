@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cotrr.ranker import artifact, features
+from cotrr.ranker import features
 from cotrr.ranker.model import Reranker, squared_norm
 from tests.ranker.synthetic import NAMES, development, padded, randomised
 
@@ -15,12 +15,13 @@ LISTS = development(queries=6).lists
 WORDS = features.vocabulary(LISTS)
 STATISTICS = features.fit(LISTS, WORDS, features.Settings(4, 3, 0.6, 0.1))
 WIDTH, QUERY = 2 * len(NAMES) + 4, 1 + 3 + len(WORDS.constraints)
+featurize = jax.jit(jax.vmap(features.featurize, in_axes=(None, 0, None)))
 widths = pytest.mark.parametrize("hidden", [0, 8])
 
 
 def inputs(lists=LISTS):
     mask = features.group_mask(("clip", "so", "conflict"))
-    return artifact.featurize_all(STATISTICS, features.encode(lists, WORDS), mask)
+    return featurize(STATISTICS, features.encode(lists, WORDS), mask)
 
 
 @cache

@@ -11,7 +11,7 @@ import pytest
 from cotrr.checkpoints import Checkpoints
 from cotrr.errors import InputError
 from cotrr.evaluate.metrics import ndcg
-from cotrr.ranker import artifact, fitting, training
+from cotrr.ranker import artifact, calibration, fitting, training
 from cotrr.ranker.training import TrainConfig
 from tests.ranker.synthetic import assert_same_bits, development
 
@@ -28,6 +28,11 @@ DROPPING = dataclasses.replace(
 
 def start(config, data=None):
     return fitting.set_up(data or development(), config, METRIC)
+
+
+def inputs_of(setup):
+    """[L, Q, ...] features, as each lane sees them."""
+    return fitting.featurize_lanes(setup.statistics, setup.encoded, setup.mask)
 
 
 def go(trainer, seed, epochs, state=None, first=0):
@@ -56,8 +61,9 @@ def learned(simple):
     return go(simple.trainer, 0, CONFIG.epochs)
 
 
-def base_scores(setup):
-    return np.asarray(setup.inputs.base)[..., 0]
+@pytest.fixture(scope="module")
+def dropped(dropping):
+    return go(dropping.trainer, 0, DROPPING.epochs)
 
 
 def test_loss_falls_and_the_held_out_metric_beats_the_rule(simple, learned):
@@ -66,7 +72,7 @@ def test_loss_falls_and_the_held_out_metric_beats_the_rule(simple, learned):
     assert loss[-1] < 0.85 * loss[0]
     lists, validation = simple.development.lists, simple.development.validation
     rule = jax.vmap(lambda s, y, w: METRIC(s, y, where=w))(
-        base_scores(simple)[validation], np.nan_to_num(lists.y)[validation], lists.where[validation]
+        inputs_of(simple).base[0, validation, :, 0], np.nan_to_num(lists.y)[validation], lists.where[validation]
     )
     assert float(history[-1]["validation_metric"][0]) > float(np.mean(rule)) + 0.05
     assert history[-1]["validation_loss"][0] < history[0]["validation_loss"][0]
@@ -75,12 +81,13 @@ def test_loss_falls_and_the_held_out_metric_beats_the_rule(simple, learned):
 def test_first_loss_is_the_mean_over_queries_by_hand(simple, learned):
     setup, metrics = simple, learned[1][0]
     lists, train = setup.development.lists, setup.lanes.train[0]
-    scale = setup.statistics.label_scale[[int(name[1]) for name in lists.domain]]
+    scale = setup.statistics.label_scale[0, [int(name[1]) for name in lists.domain]]
+    base = np.asarray(inputs_of(setup).base, np.float64)[0]
     softplus = lambda x: np.logaddexp(0, x)
     ranknet, pointwise, conflict = [], [], []
     for q in np.flatnonzero(train.any(axis=1)):
         keep = train[q]
-        s, c = np.asarray(setup.inputs.base, np.float64)[q, keep].T
+        s, c = base[q, keep].T
         y = lists.y[q, keep].astype(np.float64)
         gap = (y[:, None] - y[None]) / scale[q]
         i, j = np.nonzero(gap > 0)
@@ -95,16 +102,16 @@ def test_first_loss_is_the_mean_over_queries_by_hand(simple, learned):
     assert metrics["penalty"][0] == 0  # all that is shrunk starts at zero
 
 
-def test_best_parameters_are_those_of_the_lowest_mean_validation_loss(dropping):
-    states, history = go(dropping.trainer, 0, DROPPING.epochs)
+def test_best_parameters_are_those_of_the_lowest_mean_validation_loss(dropped):
+    states, history = dropped
     losses = np.array([np.nanmean(m["validation_loss"]) for m in history])
     best, last = int(np.argmin(losses)), states[-1]
     assert int(last.best_epoch) == best + 1 and float(last.best) == pytest.approx(losses[best])
     assert_same_bits(last.best_params, states[best + 1].params)
 
 
-def test_a_worse_epoch_does_not_replace_the_best(dropping):
-    (state, *_), _ = go(dropping.trainer, 0, 0)
+def test_a_worse_epoch_does_not_replace_the_best(dropped):
+    (state, *_), _ = dropped
     worse = state._replace(params=jax.tree.map(lambda x: x + 1, state.params), best=jnp.float32(0.5))
     kept = training._keep_best(worse, jnp.float32(0.6), jnp.int32(7))
     assert_same_bits(kept.best_params, state.best_params)
@@ -116,24 +123,24 @@ def test_a_worse_epoch_does_not_replace_the_best(dropping):
     assert (float(kept.best), int(kept.best_epoch)) == (pytest.approx(0.4), 7)
 
 
-def test_same_seed_same_bits(simple, dropping):
-    one, again, other = (go(dropping.trainer, seed, 2) for seed in (0, 0, 1))
-    assert_same_bits(one, again)
-    kernels = [run[0][-1].params["params"]["query_weights"]["kernel"] for run in (one, other)]
+def test_same_seed_same_bits(simple, dropping, dropped):
+    again, other = (go(dropping.trainer, seed, 2) for seed in (0, 1))
+    assert_same_bits(again, (dropped[0][:3], dropped[1][:2]))
+    kernels = [run[0][-1].params["params"]["query_weights"]["kernel"] for run in (again, other)]
     assert np.abs(kernels[0] - kernels[1]).max() > 1e-4
     anew = start(CONFIG)
-    for part in ("vocabulary", "statistics", "inputs", "lanes"):
+    for part in ("vocabulary", "statistics", "mask", "lanes"):
         assert_same_bits(getattr(anew, part), getattr(simple, part))
+    assert_same_bits(inputs_of(anew), inputs_of(simple))
 
 
-def test_members_differ(dropping):
-    states, _ = go(dropping.trainer, 0, 2)
-    kernel = states[-1].params["params"]["candidate_hidden"]["kernel"]
+def test_members_differ(dropped):
+    kernel = dropped[0][2].params["params"]["candidate_hidden"]["kernel"]
     assert len(np.unique(np.asarray(kernel).reshape(6, -1), axis=0)) == 6
 
 
-def test_a_resumed_run_goes_on_bit_by_bit(simple, tmp_path):
-    straight, history = go(simple.trainer, 0, 5)
+def test_a_resumed_run_goes_on_bit_by_bit(simple, learned, tmp_path):
+    straight, history = learned[0][:6], learned[1][:5]
     with Checkpoints(tmp_path) as kept:
         kept.save(3, go(simple.trainer, 0, 3)[0][-1])
     with Checkpoints(tmp_path) as kept:
@@ -146,9 +153,8 @@ def test_a_resumed_run_goes_on_bit_by_bit(simple, tmp_path):
     assert_same_bits(rest, history[3:])
 
 
-def test_golden(dropping):
-    _, history = go(dropping.trainer, 0, 2)
-    totals = np.array([m["total"] for m in history])
+def test_golden(dropped):
+    totals = np.array([m["total"] for m in dropped[1][:2]])
     message = (
         "The loss of a fixed run changed. If features, losses, lanes, batches, keys or the optimiser "
         "were meant to change, every model trained from now on differs: say so, and pin the new values."
@@ -199,10 +205,37 @@ def test_lanes_without_folds_hold_out_the_validation_split():
         np.testing.assert_array_equal(lanes.held_out[k], data.lists.labelled & data.validation[:, None])
 
 
-def examples_of(setup, **changes):
-    lists = setup.development.lists
-    examples = training.make_examples(lists, setup.inputs, np.ones(len(lists.query_id), np.float32))
-    return examples._replace(**changes)
+@pytest.mark.parametrize("folds", [0, 3])
+def test_gold_alone_is_held_out_where_there_is_any(folds):
+    data = development()
+    gold = data.lists.where & (np.random.default_rng(0).uniform(size=data.lists.where.shape) < 0.5)
+    data.lists.y[0:20:4, 1:3] = np.nan
+    config = TrainConfig(folds=folds)
+    lanes_of = lambda gold: training.make_lanes(
+        data.lists._replace(gold=gold), data.canonical_id, data.validation, config
+    )
+    labelled, nothing = data.lists.labelled, np.zeros_like(gold)
+    mixed, silver = lanes_of(gold), lanes_of(nothing)
+    assert (gold & ~labelled).any() and (labelled & ~gold).any()
+    judged = [lane for lane in silver.held_out if lane.any()]
+    assert len(judged) == (folds or 1)
+    for lane in judged:  # with both kinds in it, so that leaving out silver means something
+        assert (lane & gold).any() and (lane & ~gold).any()
+    np.testing.assert_array_equal(mixed.held_out, silver.held_out & gold)
+    for k, lane in enumerate(mixed.held_out):
+        assert lane.any() == silver.held_out[k].any() and not (lane & ~gold).any()
+    # Silver is learned from all the same, but for what the fold takes out.
+    np.testing.assert_array_equal(mixed.train, silver.train)
+    assert (mixed.train & ~gold).any()
+    # Gold without a label is none.
+    np.testing.assert_array_equal(lanes_of(gold & ~labelled).held_out, silver.held_out)
+    np.testing.assert_array_equal(lanes_of(data.lists.where).held_out, silver.held_out)
+
+
+def examples_of(setup):
+    lists, lanes = setup.development.lists, setup.lanes
+    scale = np.ones(lanes.train.shape[:2], np.float32)
+    return training.make_examples(lists, inputs_of(setup), scale, lanes)
 
 
 def test_labels_that_are_held_out_or_undefined_do_not_reach_their_lane():
@@ -214,9 +247,9 @@ def test_labels_that_are_held_out_or_undefined_do_not_reach_their_lane():
     labelled, held, holed = data.lists.labelled, setup.lanes.held_out[0], examples_of(setup)
     assert np.isnan(holed.y[~labelled]).all() and np.isnan(holed.gap[~labelled]).all()
     other = {name: np.where(labelled, np.where(held, 1 - values, values), 0.9).astype(np.float32)
-             for name, values in holed._asdict().items() if name != "features"}  # fmt: skip
-    begun = setup.trainer.init(jax.random.key(0))
-    runs = [go(training.make_train(CONFIG, examples, setup.lanes, METRIC), 0, 2, begun)
+             for name in ("y", "gap", "conflict") for values in [getattr(holed, name)]}  # fmt: skip
+    begun, hparams = setup.trainer.init(jax.random.key(0)), training.hyperparameters(CONFIG, 3)
+    runs = [go(training.make_train(CONFIG, examples, hparams, METRIC), 0, 2, begun)
             for examples in (holed, holed._replace(**other))]  # fmt: skip
     lane = lambda run, k: jax.tree.map(lambda x: x[k], run[0][-1].params)
     assert_same_bits(lane(runs[0], 0), lane(runs[1], 0))
@@ -229,11 +262,17 @@ def test_labels_that_are_held_out_or_undefined_do_not_reach_their_lane():
 
 
 def test_labels_are_scaled_inside_their_domain():
-    lists = development().lists
-    scale = np.linspace(0.5, 2, 24).astype(np.float32)
-    examples = training.make_examples(lists, None, scale)
-    np.testing.assert_allclose(examples.gap, lists.y / scale[:, None])
-    np.testing.assert_array_equal(examples.y, lists.y)
+    data = development()
+    lists, config = data.lists, TrainConfig(folds=2)
+    lanes = training.make_lanes(lists, data.canonical_id, data.validation, config)
+    scale = np.linspace(0.5, 2, 72).astype(np.float32).reshape(3, 24)
+    examples = training.make_examples(lists, None, scale, lanes)
+    assert examples.gap.shape == examples.y.shape == examples.conflict.shape == (3, 24, 8)
+    for k in range(3):
+        np.testing.assert_allclose(examples.gap[k], lists.y / scale[k, :, None])
+        np.testing.assert_array_equal(examples.y[k], lists.y)
+        np.testing.assert_array_equal(examples.conflict[k], lists.conflict)
+    assert_same_bits((examples.train, examples.held_out), (lanes.train, lanes.held_out))
 
 
 def test_nothing_to_learn_from_or_nothing_held_out():
@@ -251,20 +290,34 @@ def test_nothing_to_learn_from_or_nothing_held_out():
         start(dataclasses.replace(CONFIG, folds=2), data._replace(lists=few))
 
 
-def test_finish_calibrates_on_rows_held_out(dropping):
+def test_finish_calibrates_on_rows_held_out(dropping, dropped):
     """Each held-out row's logit is the mean of the lanes that hold it out."""
-    states, _ = go(dropping.trainer, 0, 2)
-    model = fitting.finish(dropping, states[-1], "m", {})
-    lanes = artifact.lane_scores(states[-1].best_params, dropping.inputs, hidden=4)
+    state = dropped[0][2]
+    model = fitting.finish(dropping, state, "m", {"a": 1})
+    lanes = artifact.lane_scores(
+        state.best_params, dropping.statistics, dropping.encoded, dropping.mask, hidden=4
+    )
     data, held = dropping.development, dropping.lanes.held_out
-    logits, y, queries = [], [], []
+    logits, y, queries, folds = [], [], [], []
     for q, i in np.argwhere(held.any(axis=0)):
         logits.append(np.mean(np.asarray(lanes.rank)[held[:, q, i], q, i].astype(float)))
         y.append(float(data.lists.y[q, i]))
         queries.append(q)
-    fitted = fitting.calibration.fit_platt(np.array(logits), np.array(y))
+        folds.append(np.flatnonzero(held[:, q, i])[0] // 2)  # two members a fold
+    logits, y, folds = map(np.array, (logits, y, folds))
+    fitted = calibration.fit_platt(logits, y)
     np.testing.assert_allclose(model.calibration.rank, fitted, rtol=1e-3)
-    assert model.calibration.queries == len(set(queries))
+    residual = np.abs(y - calibration.cross_fitted(logits, y, folds))
+    assert model.calibration.radius == pytest.approx(
+        calibration.interval_radius(np.array(queries), residual), rel=1e-3
+    )
+    assert sorted(set(folds)) == [0, 1] and model.calibration.queries == len(set(queries))
+    assert model.provenance == {"a": 1, "calibrated_on": "gold"}
+    silver = data._replace(lists=data.lists._replace(gold=np.zeros_like(data.lists.gold)))
+    again = fitting.finish(dropping._replace(development=silver), state, "m", {})
+    assert again.provenance == {"calibrated_on": "silver"} and again.calibration == model.calibration
+    np.testing.assert_array_equal(model.final, [False] * 4 + [True] * 2)
+    assert_same_bits((model.params, model.statistics), (state.best_params, dropping.statistics))
     labelled = data.lists.labelled
     assert artifact.overlap(model, "query_id", data.lists.query_id) == 24
     assert artifact.overlap(model, "canonical_id", np.unique(data.canonical_id[labelled])) == len(
