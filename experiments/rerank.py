@@ -42,9 +42,9 @@ def main() -> None:
     output = pathlib.Path(FLAGS.output)
     if output.is_dir() or not output.name:
         raise InputError(f"--output={FLAGS.output}: expected a file, not a folder")
+    model = artifact.load(FLAGS.model)
     quarantine = output.with_name(output.name + ".quarantine.jsonl")
     runs.refuse_own_files(runs.find_run(FLAGS.input), (output, quarantine))
-    model = artifact.load(FLAGS.model)
     say(f"reading {FLAGS.input}")
     reading = runs.read_run(
         FLAGS.input,

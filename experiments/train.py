@@ -154,7 +154,7 @@ def train(setup: fitting.Setup, workdir: pathlib.Path, writer: SummaryWriter, ke
                 kept.save(number + 1, state)
                 _log_parameters(writer, state.params, number + 1)
             if number + 1 - int(state.best_epoch) >= config.patience:
-                say(f"  no better epoch since {int(state.best_epoch)}: stopping")
+                say(f"  no epoch to keep since {int(state.best_epoch)}: stopping")
                 break
     return state
 
@@ -208,7 +208,7 @@ def _describe(writer: SummaryWriter, model: artifact.Model, state) -> None:
     writer.text("config", "\n".join(f"    {k}: {v}" for k, v in model.config.items()))
     calibration = model.calibration
     writer.text("calibration", f"    {calibration}")
-    say(f"lowest validation loss {float(state.best):.4f} after {int(state.best_epoch)} epochs; "
+    say(f"lowest validation loss {float(state.best):.4f}, epoch {int(state.best_epoch)} kept; "
         f"95 % interval of y is ± {calibration.radius:.2f}")  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.stats import rankdata
 
 from cotrr.data.lists import Lists
 from cotrr.evaluate import bootstrap, calibration, metrics
@@ -152,8 +153,10 @@ class Engine(NamedTuple):
             return figure(np.nan, np.nan, np.nan, len(score), "all candidates are of one class")
         items = bootstrap.sort_items(query, score, positive)
         found = self._intervals(bootstrap.weighted_auc, items)
-        value = bootstrap.weighted_auc(jnp.ones(self.queries, jnp.int32), jax.tree.map(jnp.asarray, items))
-        return figure(float(value), found.low, found.high, len(score),
+        rank, positives = rankdata(score), positive.sum()  # in float64, ties at their mean rank
+        wins = rank[positive].sum() - positives * (positives + 1) / 2
+        value = wins / (positives * (len(score) - positives))
+        return figure(value, found.low, found.high, len(score),
                       undefined=found.undefined, queries=len(np.unique(query)))  # fmt: skip
 
     def ece(self, query: np.ndarray, probability: np.ndarray, outcome: np.ndarray) -> Figure:

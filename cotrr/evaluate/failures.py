@@ -36,12 +36,21 @@ def largest(
         best = int(np.where(compliance == compliance.max(), scores[q], -np.inf).argmax())
         examples.append({
             "query": lists.query[q], "query_id": lists.query_id[q], "domain": lists.domain[q],
-            "constraints": dict(token.split("=", 1) for token in lists.constraints[q]),
+            "constraints": _by_key(lists.constraints[q]),
             "regret": float(lost[q]),
             "shown": _candidate(table, lists, intervals, q, shown),
             "best": _candidate(table, lists, intervals, q, best),
         })  # fmt: skip
     return examples
+
+
+def _by_key(tokens: tuple[str, ...]) -> dict[str, str]:
+    """What is asked, by key; several values of one key stand in one text."""
+    asked: dict[str, str] = {}
+    for token in tokens:
+        key, value = token.split("=", 1)
+        asked[key] = f"{asked[key]} or {value}" if key in asked else value
+    return asked
 
 
 def _candidate(table: pa.Table, lists: Lists, intervals: Any, q: int, i: int) -> dict[str, Any]:

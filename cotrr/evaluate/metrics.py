@@ -59,11 +59,6 @@ def ndcg(
     return jnp.where(ideal > 0, reached / jnp.where(ideal > 0, ideal, 1.0), jnp.nan)
 
 
-def best_at(values: jax.Array, *, where: jax.Array, k: int) -> jax.Array:
-    """The best reachable `mean_at`: that of ranking by the values themselves."""
-    return mean_at(jnp.where(where, values, 0.0), values, where=where, k=k)
-
-
 def depends_on_ties(scores: jax.Array, values: jax.Array, *, where: jax.Array, k: int) -> jax.Array:
     """Whether the order of tied scores changes which values stand on the k best ranks."""
     tied = (scores[:, None] == scores[None, :]) & where[:, None] & where[None, :]

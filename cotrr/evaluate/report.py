@@ -65,6 +65,8 @@ def parts(figure: Dict | None, unit: str = "") -> Parts:
     if not figure:
         return Parts("not reported", "", "")
     why = str(figure.get("why") or "")
+    if figure.get("undefined"):
+        why = "; ".join(part for part in (why, f"undefined in {figure['undefined']} resamples") if part)
     if figure.get("value") is None:
         return Parts("undefined", "", why)
     suffix = UNITS.get(unit, (1, "", f" {unit}"))[2]

@@ -4,7 +4,6 @@
 the L members and the statistics; `trained_on.npz` the hashes of what the model has seen.
 """
 
-import json
 import pathlib
 import zipfile
 from functools import partial
@@ -12,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 
 from cotrr import files
@@ -176,7 +176,7 @@ def load(folder: str | pathlib.Path) -> Model:
     folder = pathlib.Path(folder)
     path = folder / "model.json"
     try:
-        facts = json.loads(path.read_text())
+        facts = msgspec.json.decode(path.read_bytes())  # refuses NaN
         if facts["version"] != _version(facts):
             raise InputError("changed since it was saved", file=path)
         if facts["format"] != FORMAT or facts["attributes"] != list(ATTRIBUTES):
