@@ -212,8 +212,11 @@ def _assemble(facts: dict[str, Any], weights: dict, seen: dict) -> Model:
         name=facts["name"],
         config=facts["config"],
         vocabulary=features.Vocabulary(*(tuple(facts["vocabulary"][k]) for k in ("domains", "constraints"))),
-        statistics=features.Statistics(*(weights[f"statistics/{k}"] for k in features.Statistics._fields)),
-        params=params,
+        # On the device once, not at every call.
+        statistics=features.Statistics(
+            *(jnp.asarray(weights[f"statistics/{k}"]) for k in features.Statistics._fields)
+        ),
+        params=jax.tree.map(jnp.asarray, params),
         final=weights["final"],
         calibration=Calibration(
             rank=_platt(calibration["rank"]),
