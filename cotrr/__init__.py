@@ -1,0 +1,1 @@
+"""Train, evaluate and ship a light reranker for image retrieval."""

@@ -1,0 +1,1 @@
+"""Launchers: flags in, one call, results out."""

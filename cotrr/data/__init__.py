@@ -1,0 +1,1 @@
+"""What comes in: the contract, runs, splits, labels, datasets, the simulator.  NumPy; no JAX."""

@@ -10,7 +10,7 @@ from scipy.optimize import isotonic_regression
 from cotrr import files
 from cotrr.data.contract import ATTRIBUTES
 from cotrr.data.labels import GOLD, SILVER, numbers
-from cotrr.data.runs import embedding_matrix
+from cotrr.data.rows import embedding_matrix
 
 NEAR_DUPLICATE = 0.98  # cosine between image embeddings of different pictures
 DETERMINED = 0.999  # share of y's variance that one feature may not explain

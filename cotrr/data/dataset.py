@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cotrr import files
-from cotrr.data import certificate, labels, runs, splits
+from cotrr.data import certificate, labels, rows, runs, splits
 from cotrr.data.contract import ATTRIBUTES
 from cotrr.errors import InputError
 
@@ -38,9 +38,9 @@ def write(
 ) -> dict[str, Any]:
     """Writes `train|validation|test.parquet` and their certificate, measured on what was written."""
     for name in splits.SPLITS:
-        rows = np.flatnonzero(table["split"].to_numpy(zero_copy_only=False) == name)
+        chosen = np.flatnonzero(table["split"].to_numpy(zero_copy_only=False) == name)
         with files.replacing(folder / f"{name}.parquet") as temporary:
-            pq.write_table(group_by_query(table.take(rows)), temporary, compression="zstd")
+            pq.write_table(group_by_query(table.take(chosen)), temporary, compression="zstd")
     written = {name: pq.read_table(folder / f"{name}.parquet") for name in splits.SPLITS}
     result = certificate.certify(written, table["split"].null_count, settings, summary)
     result["files"] = {f"{name}.parquet": files.sha256(folder / f"{name}.parquet") for name in written}
@@ -109,7 +109,7 @@ def read(folder: str | pathlib.Path, split: str) -> pa.Table:
         table = pq.read_table(path)
     except pa.ArrowException as error:
         raise InputError(f"not Parquet: {error}", file=path) from None
-    if absent := {*runs.KEYS, *ATTRIBUTES, "y", "label", "image_embedding"} - set(table.column_names):
+    if absent := {*rows.KEYS, *ATTRIBUTES, "y", "label", "image_embedding"} - set(table.column_names):
         raise InputError(f"columns are missing: {', '.join(sorted(absent))}", file=path)
     return table
 

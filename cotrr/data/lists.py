@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from cotrr.data.contract import ATTRIBUTES, constraint_tokens
 from cotrr.data.labels import GOLD, SILVER, numbers
-from cotrr.data.runs import embedding_matrix
+from cotrr.data.rows import embedding_matrix
 
 
 class Lists(NamedTuple):

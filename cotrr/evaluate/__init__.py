@@ -1,0 +1,1 @@
+"""The evidence: metrics, intervals, acceptance, the report."""

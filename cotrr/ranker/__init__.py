@@ -1,0 +1,1 @@
+"""The model: features, losses, training, calibration.  Pure JAX."""

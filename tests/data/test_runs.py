@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from cotrr.data import runs
+from cotrr.data import rows, runs
 from cotrr.data.contract import ATTRIBUTES, Candidate, constraint_tokens, picture_of
 from cotrr.data.lists import to_lists
 from cotrr.errors import InputError
@@ -28,7 +28,7 @@ def test_reads_every_field(write_run):
     assert table["conflicts"].to_pylist() == [line["conflicts"]]
     assert table["review_conflict"].to_pylist() == [line["review"]["conflict"]]
     np.testing.assert_array_equal(
-        runs.embedding_matrix(table, "text_embedding")[0], np.float32(line["text_embedding"])
+        rows.embedding_matrix(table, "text_embedding")[0], np.float32(line["text_embedding"])
     )
 
 
