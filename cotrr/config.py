@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 import sys
 from collections.abc import Callable, Collection
 from typing import Any, NoReturn, TypeVar
@@ -59,7 +60,8 @@ def launch(main: Callable[[], None], define_flags: Callable[[], None]) -> None:
             "".join(argv).encode()
             return flags.FLAGS(argv)
         except flags.Error as error:
-            stop(f"{error}. See --help")
+            required = re.match(r"flag --(\w+)=None:", str(error))
+            stop(f"--{required[1]} is required. See --help" if required else f"{error}. See --help")
         except UnicodeEncodeError:
             stop("an argument is not UTF-8")
 

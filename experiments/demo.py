@@ -45,7 +45,8 @@ def main() -> None:
          f"--fractions={','.join(FLAGS.fractions)}")  # fmt: skip
     step("train", f"--data={data}", f"--workdir={model}", f"--flagfile={RECIPE}", "--overwrite", *quick)
     step("evaluate", f"--model={model}", f"--data={data}", f"--output={report}", *quick)
-    step("rerank", f"--model={model}", f"--input={source}", f"--output={work / 'reranked.jsonl'}")
+    step("rerank", f"--model={model}", f"--input={source}", f"--output={work / 'reranked.jsonl'}",
+         "--top_m=0")  # fmt: skip
     say()
     if not FLAGS.input:
         truth(pathlib.Path(source), data, report)

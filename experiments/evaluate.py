@@ -66,8 +66,8 @@ def main() -> None:
     output = pathlib.Path(FLAGS.output)
     done({"report": output / "report.html", "as text": output / "report.md",
           "as data": output / "report.json"},
-         [f"python -m experiments.rerank --model={FLAGS.model} --input=runs/latest "
-          "--output=reranked.jsonl"])  # fmt: skip
+         [f"python -m experiments.rerank --model={FLAGS.model} --input={passport['input']['input']} "
+          "--output=reranked.jsonl --top_m=0"])  # fmt: skip
 
 
 def _check_overlap(model: artifact.Model, table: pa.Table) -> list[str]:

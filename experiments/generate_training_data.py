@@ -72,7 +72,7 @@ def main() -> None:
         result = dataset.write(table, output, settings, summary)
         place = output / dataset.CERTIFICATE
     _report(result, cost)
-    train = (f"python -m experiments.train --data={output} --workdir=checkpoints/cotrr_lite_v1 "
+    train = (f"python -m experiments.train --data={output} --workdir=checkpoints/{output.name} "
              "--flagfile=experiments/recipes/cotrr_lite.flags")  # fmt: skip
     done({"lines" if as_lines else "dataset": output, "certificate": place}, [] if as_lines else [train])
 
@@ -84,8 +84,8 @@ def _report(result: dict, cost: dict) -> None:
     for name, share in zip(splits.SPLITS, cost["fractions"], strict=True):
         if share and not result["counts"][name]["rows"]:
             warn(f"the {name} split is empty: too few queries and pictures for a share of {share:g}")
-    say(f"  split by {cost['method']}: {result['rows_dropped']:,} rows dropped "
-        f"({cost['share_dropped']:.1%})")  # fmt: skip
+    say(f"  split by {cost['method']}: {result['rows_dropped']:,} rows ({cost['share_dropped']:.1%}) dropped, "
+        "whose query and picture fall into different splits")  # fmt: skip
     for breach in certificate.breaches(result):
         warn(breach)
 

@@ -19,7 +19,7 @@ from cotrr.data.lists import to_lists
 from cotrr.deploy import rerank
 from cotrr.errors import InputError
 from cotrr.ranker import artifact
-from experiments.terminal import done, reading_progress, say, tell_reading
+from experiments.terminal import done, reading_progress, say, tell_reading, warn
 
 FLAGS = flags.FLAGS
 
@@ -60,6 +60,10 @@ def main() -> None:
         f"in {time.monotonic() - start:.1f} s")  # fmt: skip
     with files.replacing(output) as temporary, open(temporary, "wb") as out:
         out.writelines(rerank.lines(reading.table, lists, scored, FLAGS.top_m, model.version))
+    behind = rerank.left_behind(lists, scored, FLAGS.top_m)
+    if behind:
+        warn(f"in {behind} of {len(lists.query_id)} queries the highest rerank_score stands behind line "
+             f"{FLAGS.top_m} and stays there: --top_m=0 reranks whole lists, as evaluate does")  # fmt: skip
     done({"reranked": f"{output}  (model {model.version})"}, [])
 
 

@@ -126,8 +126,9 @@ def test_other_salt_is_seen_through(road):
 @pytest.mark.parametrize("top_m", [0, 20])
 def test_rerank_writes_the_contract(road, top_m):
     output = road / f"reranked{top_m}.jsonl"
-    launch("rerank", f"--model={road / 'model'}", f"--input={road / 'runs' / 'one'}", f"--output={output}",
-           f"--top_m={top_m}")  # fmt: skip
+    said = launch("rerank", f"--model={road / 'model'}", f"--input={road / 'runs' / 'one'}",
+                  f"--output={output}", f"--top_m={top_m}")  # fmt: skip
+    assert ("--top_m=0 reranks whole lists" in said) == bool(top_m)
     lines = [json.loads(line) for line in output.read_text().splitlines()]
     scored = [json.loads(line) for line in (road / "runs" / "one" / "scored.jsonl").read_text().splitlines()]
     assert len(lines) == len(scored)

@@ -24,6 +24,11 @@ def order(logits: np.ndarray, where: np.ndarray, top_m: int) -> np.ndarray:
     return np.concatenate([np.argsort(-logits[:head], kind="stable"), np.arange(head, count)])
 
 
+def left_behind(lists: Lists, scored: Scored, top_m: int) -> int:
+    """Queries whose highest score stands behind the first `top_m` candidates, so it stays there."""
+    return int((scored.logit.argmax(axis=1) >= top_m).sum()) if top_m else 0
+
+
 def lines(table: pa.Table, lists: Lists, scored: Scored, top_m: int, version: str) -> Iterator[bytes]:
     """One JSON line per candidate, queries in input order and their candidates by rank.
 

@@ -193,7 +193,9 @@ def verdict(report: Dict) -> str:
     system, deltas = next(reversed((report.get("deltas") or {"": {}}).items()))
     against = f"no difference to {BASELINE} is known"
     if extent([deltas.get(HEADLINE)]):
-        against = f"{system} against {BASELINE}: {figure_text(deltas[HEADLINE], 'points')}"
+        against = f"there {system} is {figure_text(deltas[HEADLINE], 'points')} over {BASELINE}"
+        for rule, gains in list((report.get("gains") or {}).items())[1:][-1:]:
+            against += f" and {figure_text(gains.get(HEADLINE), 'points')} over {rule}"
     return f"{criteria}; {metric_name(HEADLINE)} is {figure}; {against}."
 
 

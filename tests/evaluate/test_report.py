@@ -308,7 +308,7 @@ def test_every_fact_criterion_notice_and_command_appears() -> None:
     said += ["9f2c" * 16, "config · learning rate0.003", "no gain2", "CLIP-only3"]
     assert [text for text in said if text not in page] == []
     assert "1 of 4 acceptance criteria met, 1 not met, 1 not decided, 1 not measured" in page
-    assert "+Reranker against CLIP-only: +12.3 [+8.2, +16.4] pt" in page
+    assert "there +Reranker is +12.3 [+8.2, +16.4] pt over CLIP-only" in page
 
 
 def test_foreign_text_is_escaped() -> None:
