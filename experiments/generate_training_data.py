@@ -84,7 +84,8 @@ def _report(result: dict, cost: dict) -> None:
     for name, share in zip(splits.SPLITS, cost["fractions"], strict=True):
         if share and not result["counts"][name]["rows"]:
             warn(f"the {name} split is empty: too few queries and pictures for a share of {share:g}")
-    say(f"  split by {cost['method']}: {result['rows_dropped']:,} rows ({cost['share_dropped']:.1%}) dropped, "
+    share = f"{result['rows_dropped']:,} rows ({cost['share_dropped']:.1%})"
+    say(f"  split by {cost['method']}: {share} dropped, "
         "whose query and picture fall into different splits")  # fmt: skip
     for breach in certificate.breaches(result):
         warn(breach)
