@@ -22,9 +22,9 @@ from cotrr.config import dataclass_from_flags, flags_from_dataclass, launch
 from cotrr.data import dataset, runs
 from cotrr.data.lists import Lists, to_lists
 from cotrr.data.splits import unit_hash
-from cotrr.evaluate import evaluation
-from cotrr.evaluate.evaluation import Engine, System
+from cotrr.evaluate import figures, probabilities, ranking
 from cotrr.evaluate.metrics import ndcg
+from cotrr.evaluate.ranking import System
 from cotrr.evaluate.report import figure_text
 from cotrr.ranker import artifact, features, fitting
 from cotrr.ranker.training import TrainConfig
@@ -88,16 +88,16 @@ def main() -> None:
 
 def report(lists: Lists, scored: dict[str, np.ndarray]) -> None:
     """The figures, with intervals over queries (which leave out that queries share pictures)."""
-    engine = Engine(len(lists.query_id), 0, 10_000)
+    engine = figures.engine(len(lists.query_id), 0, 10_000)
     raw = np.nan_to_num(lists.attributes)
     systems = [
         System("CLIP-only", "", features.rule_score(raw, ("clip_score",))),
         System("Step 4's rule", "", features.rule_score(raw, features.NAMES)),
         System("reranker", "", scored["logit"]),
     ]
-    ranked = evaluation.ranking(engine, systems, lists)
-    conflict = evaluation.conflicts(engine, {"reranker": scored["p_conflict"]}, lists)
-    coverage = evaluation.coverage(engine, scored["low"], scored["high"], lists)
+    ranked = ranking.ranking(engine, systems, lists)
+    conflict = probabilities.conflicts(engine, {"reranker": scored["p_conflict"]}, lists)
+    coverage = probabilities.coverage(engine, scored["low"], scored["high"], lists)
     for row in ranked["ladder"]:
         cells = [f"{m} {figure_text(row['metrics'][m])}" for m in ("compliance@1", "ndcg@10")]
         say(f"{row['system']:<14} {'   '.join(cells)}")

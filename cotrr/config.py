@@ -9,6 +9,7 @@ from typing import Any, NoReturn, TypeVar
 
 from absl import app, flags, logging
 
+from cotrr.compilation import keep_compiled
 from cotrr.errors import InputError
 
 T = TypeVar("T")
@@ -75,6 +76,7 @@ def launch(main: Callable[[], None], define_flags: Callable[[], None]) -> None:
         except OSError as error:
             stop(f"{error.filename or 'output'}: {(error.strerror or str(error)).lower()}")
 
+    keep_compiled()
     define_flags()
     flags.FLAGS.verbosity = logging.WARNING  # libraries tell a lot at INFO; --verbosity=0 shows it
     app.run(guarded, flags_parser=parse)

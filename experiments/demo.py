@@ -16,7 +16,7 @@ from absl import flags
 from cotrr.config import launch
 from cotrr.data import dataset
 from cotrr.data.lists import to_lists
-from cotrr.evaluate.evaluation import per_query
+from cotrr.evaluate.ranking import per_query
 from cotrr.evaluate.report import figure_text
 from experiments.terminal import done, say
 

@@ -1,13 +1,16 @@
-r"""Evaluate a model on the test split of a dataset, against CLIP-only and Step 4's own scores.
+r"""Evaluate models on the test split of a dataset, against CLIP-only and Step 4's own scores.
 
     python -m experiments.evaluate --model=checkpoints/cotrr_lite_v1 --data=data/cotrr \
         --output=reports/cotrr_lite_v1
 
-Writes report.json, report.md and report.html.  Refuses rows that the model has learned from.
+Give --model again to compare several: the report is about the first.  Writes report.json, report.md,
+report.html and TensorBoard logs.  Refuses rows that a model has learned from.
 """
 
 import datetime
 import pathlib
+import time
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -18,9 +21,11 @@ from cotrr.config import launch
 from cotrr.data import certificate, dataset, labels
 from cotrr.data.lists import Lists, to_lists
 from cotrr.errors import InputError
-from cotrr.evaluate import acceptance, evaluation, failures, report, systems
-from cotrr.evaluate.evaluation import Engine
+from cotrr.evaluate import acceptance, evaluation, failures, figures, plots, probabilities, report, systems
+from cotrr.evaluate.figures import Engine
+from cotrr.evaluate.ranking import System
 from cotrr.ranker import artifact, features
+from cotrr.summaries import SummaryWriter
 from experiments.terminal import done, say, warn
 
 FLAGS = flags.FLAGS
@@ -28,49 +33,109 @@ FLAGS = flags.FLAGS
 
 def define_flags() -> None:
     """Flags of this launcher."""
-    flags.DEFINE_string("model", None, "Model folder, from train.")
+    flags.DEFINE_multi_string("model", None, "Model folder, from train; again for each model to compare.")
     flags.DEFINE_string("data", None, "Dataset folder, from generate_training_data.")
     flags.DEFINE_string("output", None, "Folder for the report.")
     flags.DEFINE_enum("split", "test", ["test", "validation", "train"], "Split to evaluate on.")
+    flags.DEFINE_string("baseline", "clip", "What differences are shown to: "
+                        f"{', '.join(systems.BASELINES)}, or a --model folder.")  # fmt: skip
+    flags.DEFINE_string("cluster_by", None, "Column whose values name clusters of queries that are "
+                        "resampled together, such as cluster_id; unset: each query alone.")  # fmt: skip
     flags.DEFINE_integer("resamples", 10_000, "Bootstrap resamples.", lower_bound=1000)
-    flags.DEFINE_integer("seed", 0, "Seed of the bootstrap.")
+    flags.DEFINE_integer("seed", 0, "Seed of the bootstrap.", lower_bound=0, upper_bound=2**32 - 1)
     flags.DEFINE_bool("quick", False, "1,000 resamples, no latency.")
-    flags.DEFINE_bool("allow_overlap", False, "Evaluate even on rows that the model has learned "
+    flags.DEFINE_bool("allow_overlap", False, "Evaluate even on rows that a model has learned "
                                               "from; the report says so loudly.")  # fmt: skip
     flags.mark_flags_as_required(["model", "data", "output"])
 
 
+class Contender(NamedTuple):
+    """A model to evaluate: the system that it is in the report, and its scores."""
+
+    system: str
+    folder: str
+    model: artifact.Model
+    scored: artifact.Scored
+
+
 def main() -> None:
     """Scores, measures, writes the report."""
-    model = artifact.load(FLAGS.model)
     passport = dataset.read_certificate(FLAGS.data)
     table = dataset.read(FLAGS.data, FLAGS.split)
+    models = {folder: artifact.load(folder) for folder in dict.fromkeys(FLAGS.model)}
     notices = [f"Data: {breach}." for breach in certificate.breaches(passport)]
-    notices += _check_overlap(model, table)
+    for folder, model in models.items():
+        notices += _check_overlap(folder, model, table)
     lists, kind = _labelled_lists(table)
     if kind == labels.SILVER:
         notices.insert(0, "Labels are silver: Step 4's own scores, not a reviewer's. Agreement with "
                           "them says nothing about people.")  # fmt: skip
     for notice in notices:
         warn(notice)
+    resamples = 1000 if FLAGS.quick else FLAGS.resamples
+    engine = figures.engine(len(lists.query_id), FLAGS.seed, resamples, _clusters(table, lists))
     say(f"scoring {lists.labelled.sum():,} candidates of {len(lists.query_id):,} queries")
-    scored = artifact.score(model, lists)
-    engine = Engine(len(lists.query_id), FLAGS.seed, 1000 if FLAGS.quick else FLAGS.resamples)
-    say(f"bootstrap with {engine.resamples:,} resamples")
-    result = _measure(model, engine, table, lists, scored)
-    result |= {"notices": notices, "data": _data_facts(passport, lists, kind),
-               "model": _model_facts(model), "bootstrap": engine._asdict()}  # fmt: skip
+    start = time.perf_counter()
+    contenders = _contenders(models, lists)
+    seconds = {"scoring": time.perf_counter() - start}
+    result = _measure(engine, table, lists, contenders, seconds)
+    result |= {
+        "notices": notices,
+        "data": _data_facts(passport, lists, kind),
+        "model": _model_facts(contenders[0].model),
+        "models": [{"system": c.system, "path": c.folder, "version": c.model.version} for c in contenders],
+        "bootstrap": {"queries": len(lists.query_id), "units": engine.draw.units, "unit": engine.unit_name,
+                      "seed": engine.seed, "resamples": engine.resamples},
+        "seconds": seconds,
+    }  # fmt: skip
     result["acceptance"] = acceptance.table(result)
-    report.write_report(result, FLAGS.output)
+    _write(result, lists, contenders)
     _tell(result)
     output = pathlib.Path(FLAGS.output)
     done({"report": output / "report.html", "as text": output / "report.md",
-          "as data": output / "report.json"},
-         [f"python -m experiments.rerank --model={FLAGS.model} --input={passport['input']['input']} "
+          "as data": output / "report.json", "tensorboard": f"tensorboard --logdir={output / 'tensorboard'}"},
+         [f"python -m experiments.rerank --model={FLAGS.model[0]} --input={passport['input']['input']} "
           "--output=reranked.jsonl --top_m=0"])  # fmt: skip
 
 
-def _check_overlap(model: artifact.Model, table: pa.Table) -> list[str]:
+def _contenders(models: dict[str, artifact.Model], lists: Lists) -> list[Contender]:
+    """The models with their scores; the first is +Reranker, others add their folder's name."""
+    found: list[Contender] = []
+    for folder, model in models.items():
+        name = pathlib.Path(folder).name
+        if any(pathlib.Path(other).name == name for other in models if other != folder):
+            name = folder
+        name = f"+Reranker {name}" if found else "+Reranker"
+        found.append(Contender(name, folder, model, artifact.score(model, lists)))
+    return found
+
+
+def _clusters(table: pa.Table, lists: Lists) -> np.ndarray | None:
+    """[Q] the cluster of each query, or None where queries are resampled alone."""
+    if not FLAGS.cluster_by:
+        return None
+    if FLAGS.cluster_by not in table.column_names:
+        raise InputError(
+            f"--cluster_by={FLAGS.cluster_by}: no such column",
+            file=FLAGS.data,
+            remedy=f"Name one of {', '.join(table.column_names)}",
+        )
+    named = table[FLAGS.cluster_by].to_numpy(zero_copy_only=False)
+    clusters = []
+    for query, rows, where in zip(lists.query_id, lists.row, lists.where, strict=True):
+        found = {named[row] for row in rows[where]} - {None}
+        if len(found) != 1:
+            raise InputError(
+                f"query {query!r} has {len(found)} values",
+                file=FLAGS.data,
+                field=FLAGS.cluster_by,
+                remedy="A cluster holds whole queries: each query needs one value",
+            )
+        clusters.append(str(found.pop()))
+    return np.array(clusters)
+
+
+def _check_overlap(folder: str, model: artifact.Model, table: pa.Table) -> list[str]:
     shared = {key: artifact.overlap(model, key, table[key].to_numpy(zero_copy_only=False))
               for key in ("query_id", "canonical_id")}  # fmt: skip
     if not any(shared.values()):
@@ -78,11 +143,11 @@ def _check_overlap(model: artifact.Model, table: pa.Table) -> list[str]:
     what = " and ".join(f"{count} {key}" for key, count in shared.items())
     if not FLAGS.allow_overlap:
         raise InputError(
-            f"the model has learned from {what} of this split",
+            f"{folder} has learned from {what} of this split",
             file=FLAGS.data,
             remedy="Evaluate on data it has not seen, or set --allow_overlap to see optimistic figures",
         )
-    return [f"THE MODEL HAS LEARNED FROM {what} of this split: every figure is optimistic."]
+    return [f"{folder} HAS LEARNED FROM {what} of this split: its figures are optimistic."]
 
 
 def _labelled_lists(table: pa.Table) -> tuple[Lists, str]:
@@ -102,26 +167,68 @@ def _labelled_lists(table: pa.Table) -> tuple[Lists, str]:
     return lists.take(judged), kind
 
 
-def _measure(model, engine: Engine, table, lists: Lists, scored: artifact.Scored) -> dict:
-    rungs = systems.ladder(model, lists, scored)
-    step4 = lists.attributes[..., features.NAMES.index("conflict_prob")]
-    probabilities = {"reranker": scored.p_conflict}
-    if not np.isnan(step4[lists.where]).all():
-        probabilities["step 4"] = step4
-    return {
-        "title": pathlib.Path(FLAGS.model).name,
+def _measure(
+    engine: Engine, table: pa.Table, lists: Lists, contenders: list[Contender], seconds: dict[str, float]
+) -> dict:
+    """All figures of the report; `seconds` is told how long each part took."""
+    model, scored = contenders[0].model, contenders[0].scored
+    rungs = systems.ladder(model, lists)
+    rungs += [System(c.system, c.model.version, c.scored.logit) for c in contenders]
+    say(f"{engine.resamples:,} resamples of {engine.draw.units:,} {engine.unit_name}")
+    clock = time.perf_counter()
+
+    def lap(part: str) -> None:
+        nonlocal clock
+        seconds[part], clock = time.perf_counter() - clock, time.perf_counter()
+
+    result = {
+        "title": pathlib.Path(FLAGS.model[0]).name,
         "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commands": [f"python -m experiments.evaluate --model={FLAGS.model} --data={FLAGS.data} "
-                     f"--split={FLAGS.split} --resamples={engine.resamples} --seed={engine.seed} "
-                     f"--output={FLAGS.output}"],
-        "conventions": evaluation.CONVENTIONS,
-        **evaluation.ranking(engine, rungs, lists),
-        "conflict": evaluation.conflicts(engine, probabilities, lists),
-        "uncertainty": evaluation.coverage(engine, scored.low, scored.high, lists),
-        **evaluation.counts(rungs, lists),
-        "examples": failures.largest(table, lists, scored.logit, scored),
-        "latency": {} if FLAGS.quick else systems.latency(model, lists),
+        "commands": [_command(engine)],
+        **evaluation.measure(engine, rungs, _conflict(contenders, lists), scored, lists,
+                             _baseline(rungs, contenders), contenders[0].system),
     }  # fmt: skip
+    lap("statistics")
+    found = failures.analyse(model, table, lists, scored)
+    result |= {"examples": found.pop("examples"), "failures": found}
+    lap("failures")
+    result["latency"] = {} if FLAGS.quick else systems.latency(model, lists)
+    lap("latency")
+    return result
+
+
+def _command(engine: Engine) -> str:
+    models = " ".join(f"--model={folder}" for folder in FLAGS.model)
+    clusters = f"--cluster_by={FLAGS.cluster_by} " if FLAGS.cluster_by else ""
+    return (f"python -m experiments.evaluate {models} --data={FLAGS.data} --split={FLAGS.split} "
+            f"--baseline={FLAGS.baseline} {clusters}--resamples={engine.resamples} --seed={engine.seed} "
+            f"--output={FLAGS.output}")  # fmt: skip
+
+
+def _baseline(rungs: list[System], contenders: list[Contender]) -> str:
+    """The name of the system that --baseline means."""
+    by_folder = {c.folder.rstrip("/"): c.system for c in contenders}
+    name = systems.BASELINES.get(FLAGS.baseline) or by_folder.get(FLAGS.baseline.rstrip("/"))
+    if name not in [rung.name for rung in rungs]:
+        there = [short for short, rung in systems.BASELINES.items() if rung in [r.name for r in rungs]]
+        raise InputError(f"--baseline={FLAGS.baseline}: expected {', '.join([*there, *by_folder])}")
+    return name
+
+
+def _conflict(contenders: list[Contender], lists: Lists) -> dict[str, np.ndarray]:
+    """Conflict probabilities [Q, n] by system: the models', and Step 4's where it has them."""
+    step4 = lists.attributes[..., features.NAMES.index("conflict_prob")]
+    known = {} if np.isnan(step4[lists.where]).all() else {"step 4": step4}
+    first, *others = contenders
+    return {"reranker": first.scored.p_conflict, **{c.system: c.scored.p_conflict for c in others}, **known}
+
+
+def _write(result: dict, lists: Lists, contenders: list[Contender]) -> None:
+    output = pathlib.Path(FLAGS.output)
+    report.write_report(result, output)
+    files.remove(output, ["tensorboard"])
+    with SummaryWriter(output / "tensorboard") as writer:
+        plots.log_report(writer, result, probabilities.curves(_conflict(contenders, lists), lists))
 
 
 def _data_facts(passport: dict, lists: Lists, kind: str) -> dict:

@@ -105,12 +105,42 @@ def test_evaluation_is_reproducible(road):
         assert first[key] == again[key], key
 
 
+def test_models_are_compared_on_the_same_resamples(road):
+    launch("train", f"--data={road / 'data'}", f"--workdir={road / 'other'}", "--groups=clip", "--quick")
+    call = ("evaluate", f"--model={road / 'model'}", f"--model={road / 'other'}", f"--data={road / 'data'}",
+            "--quick", f"--output={road / 'both'}")  # fmt: skip
+    launch(*call, f"--baseline={road / 'other'}", "--cluster_by=query_id")
+    alone, both = (json.loads((road / name / "report.json").read_text()) for name in ("report", "both"))
+    assert [row["system"] for row in both["models"]] == ["+Reranker", "+Reranker other"]
+    assert both["baseline"] == "+Reranker other"
+    assert both["metrics"]["ndcg@10"]["ci"] == alone["metrics"]["ndcg@10"]["ci"]  # each query its own cluster
+    assert "clusters" in both["metrics"]["ndcg@10"]["kind"]
+    assert both["acceptance"][0]["figure"]["value"] == alone["acceptance"][0]["figure"]["value"]
+    shown = {row["system"]: row["metrics"]["compliance@1"]["value"] for row in both["ladder"]}
+    found = both["deltas"]["+Reranker"]["compliance@1"]["value"]
+    assert found == pytest.approx(shown["+Reranker"] - shown["+Reranker other"])
+    pairs = {(row["system"], row["reference"]) for row in both["comparisons"][0]["rows"]}
+    assert ("+Reranker", "+Reranker other") in pairs
+    assert "expected clip" in launch(*call, "--baseline=nothing", fails=2)
+    assert "each query needs one value" in launch(*call, "--cluster_by=canonical_id", fails=2)
+    assert "no such column" in launch(*call, "--cluster_by=session", fails=2)
+
+
+def test_the_figures_go_to_tensorboard(road):
+    events = EventAccumulator(str(road / "report" / "tensorboard"))
+    events.Reload()
+    report = json.loads((road / "report" / "report.json").read_text())
+    tag = "evaluation/+Reranker/compliance@1"
+    assert events.Scalars(tag)[0].value == pytest.approx(report["metrics"]["compliance@1"]["value"])
+    assert any("reliability" in tag for tag in events.Tags()["images"] + events.Tags()["tensors"])
+
+
 def test_evaluation_refuses_rows_that_were_learned_from(road):
     call = ("evaluate", f"--model={road / 'model'}", f"--data={road / 'data'}", "--split=train",
             f"--output={road / 'seen'}", "--quick")  # fmt: skip
     assert "has learned from" in launch(*call, fails=2)
     assert not (road / "seen").exists()
-    assert "every figure is optimistic" in launch(*call, "--allow_overlap")
+    assert "its figures are optimistic" in launch(*call, "--allow_overlap")
     assert "LEARNED FROM" in (road / "seen" / "report.md").read_text()
 
 

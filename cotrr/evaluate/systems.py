@@ -6,27 +6,30 @@ import jax
 import numpy as np
 
 from cotrr.data.lists import Lists
-from cotrr.evaluate.evaluation import System
+from cotrr.evaluate.ranking import System
 from cotrr.ranker import features
-from cotrr.ranker.artifact import Model, Scored, score
+from cotrr.ranker.artifact import Model, score
+
+BASELINES = {"clip": "CLIP-only", "so": "+SO", "rule": "+SO+Conflict", "dual": "Step 4 dual_score"}
+STEPS = {
+    "CLIP-only": ("clip_score",),
+    "+SO": ("clip_score", "compliance_score"),
+    "+SO+Conflict": ("clip_score", "compliance_score", "conflict_prob"),
+}
 
 
-def ladder(model: Model, lists: Lists, scored: Scored) -> list[System]:
-    """CLIP-only → +SO → +SO+Conflict (Step 4's own scores) → +Reranker.
+def ladder(model: Model, lists: Lists) -> list[System]:
+    """CLIP-only → +SO → +SO+Conflict (Step 4's rule), and its `dual_score` where it is there.
 
-    A missing value is its domain's training mean; a missing `dual_score` ranks last.
+    A missing value is its domain's mean among what `model` learned from; a missing `dual_score`
+    ranks last.
     """
     encoded = features.encode(lists, model.vocabulary)
     everyone = jax.tree.map(lambda part: part[model.final.argmax()], model.statistics)
     filled = np.asarray(jax.vmap(features.fill, in_axes=(None, 0))(everyone, encoded))
     column = {name: i for i, name in enumerate(features.NAMES)}
-    steps = {
-        "CLIP-only": ("clip_score",),
-        "+SO": ("clip_score", "compliance_score"),
-        "+SO+Conflict": ("clip_score", "compliance_score", "conflict_prob"),
-    }
     systems = []
-    for name, terms in steps.items():
+    for name, terms in STEPS.items():
         absent = [t for t in terms if np.isnan(lists.attributes[..., column[t]][lists.where]).all()]
         weights = " + ".join(f"{features.RULE[t]:g}·{t}" for t in terms).replace("+ -", "- ")
         scores = np.asarray(features.rule_score(filled, terms))
@@ -35,7 +38,6 @@ def ladder(model: Model, lists: Lists, scored: Scored) -> list[System]:
     if not np.isnan(lists.dual_score[lists.where]).all():
         dual = np.where(np.isnan(lists.dual_score), -np.inf, lists.dual_score)
         systems.append(System("Step 4 dual_score", "Step 4's fused score as it is", dual))
-    systems.append(System("+Reranker", model.version, scored.logit))
     return systems
 
 

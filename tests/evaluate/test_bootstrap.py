@@ -1,213 +1,391 @@
-"""Tests of the bootstrap: what it draws, what it computes from the draws, and how often it covers."""
+"""Tests of the resampling: the generator, the law of its counts, and sums that are the same everywhere."""
 
-import itertools
-import math
+import hashlib
+import os
+import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.extend.random import threefry_2x32
 from scipy import stats
-from sklearn.metrics import roc_auc_score
 
-from cotrr.evaluate import bootstrap, calibration
+import cotrr
+from cotrr.evaluate import auc, bootstrap
+from cotrr.evaluate.bootstrap import Draw
 
-Q = 12  # one shape for most tests
+few = settings(max_examples=100, deadline=None, derandomize=True, database=None)
+ROOT = pathlib.Path(cotrr.__file__).parents[1]
+UNITS = (12, 60, 400)  # all drawn one by one; mostly one by one; mostly Poisson
+B = 4096
 
 
-def echo():
-    """A statistic that returns its counts; new each time, so that nothing compiled is reused."""
-    return lambda counts, data: counts.astype(jnp.float32)
+def drawn(units, resamples=B, seed=0):
+    """[B, U] counts by NumPy."""
+    return bootstrap.counts(np, seed, np.arange(resamples), units)
 
 
-def replicates(statistic, data=None, queries=Q, resamples=50, seed=0):
-    """[B, ...] the statistic in every replicate, as float64."""
-    drawn = bootstrap._replicates(
-        jax.random.key(seed), data, statistic=statistic, queries=queries, resamples=resamples
+def drawn_by_jax(units, replicates, seed=0, weights=bootstrap.counts):
+    """[c, U] counts by JAX; traced anew each time, so that no test reuses another's constants."""
+    compiled = jax.jit(lambda seed, ids: weights(jnp, seed, ids, units))
+    return np.asarray(compiled(jnp.uint32(seed), jnp.asarray(replicates, jnp.uint32)))
+
+
+class TestThreefry:
+    @pytest.mark.parametrize(
+        ("key", "counter", "words"),
+        [
+            ((0, 0), (0, 0), (0x6B200159, 0x99BA4EFE)),
+            ((0xFFFFFFFF,) * 2, (0xFFFFFFFF,) * 2, (0x1CB996FC, 0xBB002BE7)),
+            ((0x13198A2E, 0x03707344), (0x243F6A88, 0x85A308D3), (0xC4923A9C, 0x483DF7A0)),
+        ],
     )
-    return np.asarray(drawn, np.float64)
+    def test_published_vectors(self, key, counter, words):
+        array = lambda value: np.array([value], np.uint32)
+        found = bootstrap.threefry(np, tuple(map(array, key)), *map(array, counter))
+        assert tuple(int(word[0]) for word in found) == words
+
+    def test_equals_that_of_jax(self):
+        rng = np.random.default_rng(0)
+        for _ in range(5):
+            key, counter = rng.integers(0, 2**32, 2, np.uint32), rng.integers(0, 2**32, (2, 50), np.uint32)
+            expected = np.asarray(threefry_2x32(jnp.asarray(key), jnp.asarray(counter.ravel())))
+            found = bootstrap.threefry(np, (key[:1], key[1:]), *counter)
+            np.testing.assert_array_equal(np.concatenate(found), expected)
 
 
-def one_class(counts, data):
-    """A statistic that is undefined where the first query is not drawn, or never is defined."""
-    total = jnp.sum(counts * jnp.arange(Q)).astype(jnp.float32)
-    return jnp.stack([jnp.where(counts[0] > 0, total, jnp.nan), jnp.where(counts[0] > 1, total, jnp.nan),
-                      jnp.full((), jnp.nan), total])  # fmt: skip
+class TestIndex:
+    edges = np.array([0, 1, 0xFFFF, 0x10000, 0x10001, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF], np.uint32)
 
+    @few
+    @given(st.one_of(st.sampled_from([1, 2, 3, 0xFFFF, 0x10000, 0x10001, 2**31]), st.integers(1, 2**31)),
+           st.lists(st.integers(0, 2**32 - 1), max_size=20))  # fmt: skip
+    def test_is_a_product_of_whole_numbers(self, units, words):
+        words = np.r_[self.edges, np.array(words, np.uint32)]
+        expected = [int(word) * units >> 32 for word in words]
+        found = bootstrap._index(np, words, units)
+        assert found.dtype == np.int32
+        assert found.tolist() == expected
+        assert min(expected) >= 0 and max(expected) < units
 
-@pytest.fixture(scope="module")
-def drawn():
-    """[4096, Q] counts of seed 0."""
-    return replicates(echo(), resamples=4096).astype(int)
+    def test_jax_does_the_same(self):
+        for units in (7, 70_001, 2**31 - 1):
+            found = bootstrap._index(jnp, jnp.asarray(self.edges), units)
+            np.testing.assert_array_equal(found, bootstrap._index(np, self.edges, units))
 
 
 class TestCounts:
-    def test_every_replicate_draws_as_many_queries_as_there_are(self, drawn):
-        assert drawn.shape == (4096, Q)
-        assert drawn.min() == 0
-        assert (drawn.sum(axis=1) == Q).all()
+    @pytest.mark.parametrize("units", [1, 2, 25, 26, *UNITS, 5000])
+    def test_every_replicate_draws_as_many_units_as_there_are(self, units):
+        counts = drawn(units, 40)
+        assert counts.shape == (40, units)
+        assert counts.dtype == np.int32
+        assert counts.min() >= 0
+        assert (counts.sum(axis=1) == units).all()
 
-    def test_moments_are_multinomial(self, drawn):
-        covariance = np.cov(drawn.T)
-        np.testing.assert_allclose(drawn.mean(axis=0), 1, atol=5 * math.sqrt(1 / 4096))
-        np.testing.assert_allclose(np.diag(covariance), 1 - 1 / Q, atol=0.15)
-        apart = covariance[~np.eye(Q, dtype=bool)]
-        np.testing.assert_allclose(apart, -1 / Q, atol=0.08)
-        assert apart.mean() == pytest.approx(-1 / Q, abs=0.01)
+    @pytest.mark.parametrize("units", UNITS)
+    def test_moments_are_multinomial(self, units):
+        counts = drawn(units)
+        covariance = np.cov(counts.T)
+        np.testing.assert_allclose(counts.mean(axis=0), 1, atol=5 / np.sqrt(B))
+        # A count's variance is about 1, its fourth central moment about 4: sd of s² is √(3/B).
+        np.testing.assert_allclose(np.diag(covariance), 1 - 1 / units, atol=5 * np.sqrt(3 / B))
+        apart = covariance[~np.eye(units, dtype=bool)]
+        np.testing.assert_allclose(apart, -1 / units, atol=6 / np.sqrt(B))
+        # Rows sum to U, so all covariances together are not free: they tell of the variances.
+        assert apart.mean() == pytest.approx(-np.diag(covariance).mean() / (units - 1))
 
-    @pytest.mark.parametrize("query", [0, 5, Q - 1])
-    def test_one_query_is_drawn_binomially(self, drawn, query):
-        observed = np.bincount(np.minimum(drawn[:, query], 4), minlength=5)
-        law = stats.binom(Q, 1 / Q)
-        expected = 4096 * np.array([*law.pmf(range(4)), law.sf(3)])
-        assert stats.chisquare(observed, expected).pvalue > 1e-4
+    @pytest.mark.parametrize("units", UNITS)
+    def test_a_unit_is_drawn_binomially(self, units):
+        counts = drawn(units)
+        for unit in (0, units // 2, units - 1):
+            assert binomial_p(counts[:, unit], units, 1 / units) > 1e-3
 
-    def test_all_queries_are_drawn_alike(self, drawn):
-        assert stats.chisquare(drawn.sum(axis=0)).pvalue > 1e-4
+    @pytest.mark.parametrize("units", UNITS)
+    def test_units_together_are_drawn_binomially(self, units):
+        counts, half = drawn(units), units // 2
+        # Units half a row apart share a call of the generator.
+        for together in ([0, 1], [0, half], [half, units - 1], range(half)):
+            total = counts[:, list(together)].sum(axis=1)
+            assert binomial_p(total, units, len(together) / units) > 1e-3
 
-    def test_replicates_are_not_copies_of_each_other(self, drawn):
-        assert len(np.unique(drawn, axis=0)) > 4000
-        following = np.mean((drawn[1:] - 1) * (drawn[:-1] - 1))
-        assert following == pytest.approx(0, abs=0.03)
+    @pytest.mark.parametrize("units", UNITS)
+    def test_all_units_are_drawn_alike(self, units):
+        assert stats.chisquare(drawn(units).sum(axis=0)).pvalue > 1e-3
+
+    @pytest.mark.parametrize("units", UNITS)
+    def test_replicates_and_seeds_are_not_copies_of_each_other(self, units):
+        counts, other = drawn(units), drawn(units, seed=1)
+        assert len(np.unique(counts, axis=0)) > 0.99 * B
+        for a, b in ((counts[1:], counts[:-1]), (counts, other)):
+            assert np.mean((a - 1) * (b - 1)) == pytest.approx(0, abs=5 / np.sqrt(B * units))
+
+    @pytest.mark.parametrize("units", [1, *UNITS])
+    def test_jax_draws_the_same(self, units):
+        np.testing.assert_array_equal(drawn_by_jax(units, np.arange(50)), drawn(units, 50))
+
+    @pytest.mark.parametrize("units", UNITS)
+    def test_chunks_their_order_and_further_replicates_change_nothing(self, units):
+        counts, of = drawn(units, 50), lambda ids: bootstrap.counts(np, 0, np.array(ids), units)
+        np.testing.assert_array_equal(of(range(7, 20)), counts[7:20])
+        np.testing.assert_array_equal(of([30, 3, 3]), counts[[30, 3, 3]])
+        np.testing.assert_array_equal(np.concatenate([of([b]) for b in range(50)]), counts)
 
 
-class TestSeed:
-    @pytest.mark.parametrize("chunk", [1, 7])
-    def test_chunks_and_further_replicates_do_not_change_the_draws(self, monkeypatch, chunk, drawn):
-        monkeypatch.setattr(bootstrap, "CHUNK", chunk)
-        np.testing.assert_array_equal(replicates(echo()), drawn[:50])
+def binomial_p(observed, trials, chance):
+    """p-value of a χ² test of draws against Binomial(trials, chance), rare counts taken together."""
+    law = stats.binom(trials, chance)
+    low, high = (int(law.ppf(tail)) for tail in (0.005, 0.995))
+    seen = np.bincount(np.clip(observed, low, high) - low, minlength=high - low + 1)
+    expected = np.r_[law.cdf(low), law.pmf(range(low + 1, high)), law.sf(high - 1)] * len(observed)
+    return stats.chisquare(seen, expected).pvalue
 
-    def test_one_by_one_draws_the_same(self, drawn):
-        alone, key = jax.jit(bootstrap.resample_counts, static_argnums=2), jax.random.key(0)
-        np.testing.assert_array_equal([alone(key, b, Q) for b in range(50)], drawn[:50])
+
+class TestRejection:
+    """With a small SPREAD many Poisson totals are too high or too low, and are drawn anew."""
+
+    @pytest.fixture(autouse=True, params=UNITS[1:])
+    def units(self, request, monkeypatch):
+        monkeypatch.setattr(bootstrap, "SPREAD", 0.3)
+        return request.param
+
+    def test_many_rows_are_drawn_anew_and_all_sums_are_exact(self, units, monkeypatch):
+        streams, words = [], bootstrap._words
+
+        def record(xp, seed, stream, *rest):
+            streams.append(int(stream))
+            return words(xp, seed, stream, *rest)
+
+        monkeypatch.setattr(bootstrap, "_words", record)
+        counts = drawn(units, 200)
+        assert {0, 1, 2, 4, 6} <= set(streams)
+        assert (counts.sum(axis=1) == units).all()
+        assert counts.min() == 0
+
+    def test_jax_draws_the_same(self, units):
+        np.testing.assert_array_equal(drawn_by_jax(units, np.arange(200)), drawn(units, 200))
+
+    def test_a_row_does_not_depend_on_those_beside_it(self, units):
+        alone = [bootstrap.counts(np, 0, np.array([b]), units)[0] for b in range(60)]
+        np.testing.assert_array_equal(alone, drawn(units, 60))
+
+    def test_the_law_stays(self, units):
+        counts = drawn(units)
+        for unit in (0, units - 1):
+            assert binomial_p(counts[:, unit], units, 1 / units) > 1e-3
+        assert binomial_p(counts[:, : units // 2].sum(axis=1), units, units // 2 / units) > 1e-3
+        assert stats.chisquare(counts.sum(axis=0)).pvalue > 1e-3
+
+
+class TestFlips:
+    flips = bootstrap.flips(np, 3, np.arange(B), 70)
+
+    def test_are_heads_or_tails_equally_often(self):
+        assert set(np.unique(self.flips)) == {0, 1}
+        assert self.flips.mean() == pytest.approx(0.5, abs=2 / np.sqrt(B * 70))
+        np.testing.assert_allclose(self.flips.mean(axis=0), 0.5, atol=2.25 / np.sqrt(B))
+        np.testing.assert_allclose(self.flips.mean(axis=1), 0.5, atol=2.25 / np.sqrt(70))
+
+    def test_are_independent_of_each_other_and_of_the_counts(self):
+        signs = 1 - 2 * self.flips
+        together = signs.T @ signs / B - np.eye(70)
+        np.testing.assert_allclose(together, 0, atol=5 / np.sqrt(B))
+        assert np.mean(signs[1:] * signs[:-1]) == pytest.approx(0, abs=4 / np.sqrt(B * 70))
+        counts = bootstrap.counts(np, 3, np.arange(B), 70)
+        assert np.mean(signs * (counts - 1)) == pytest.approx(0, abs=4 / np.sqrt(B * 70))
+
+    @pytest.mark.parametrize("units", [1, 31, 32, 33, 70])
+    def test_jax_draws_the_same(self, units):
+        found = bootstrap.flips(np, 3, np.arange(50), units)
+        assert found.shape == (50, units)
+        np.testing.assert_array_equal(drawn_by_jax(units, np.arange(50), 3, bootstrap.flips), found)
+
+    def test_chunks_change_nothing(self):
+        np.testing.assert_array_equal(bootstrap.flips(np, 3, np.arange(20, 50), 70), self.flips[20:50])
 
     def test_seed_decides(self):
-        one = echo()
-        np.testing.assert_array_equal(replicates(one, seed=3), replicates(one, seed=3))
-        assert (replicates(one, seed=3) != replicates(one, seed=4)).any()
-        of = lambda seed: bootstrap.intervals(one, None, Q, seed=seed, resamples=50)
-        np.testing.assert_array_equal(of(3), of(3))
-        assert (of(3).high != of(4).high).any()
+        other = bootstrap.flips(np, 4, np.arange(B), 70)
+        assert np.mean(self.flips == other) == pytest.approx(0.5, abs=0.01)
 
 
-class TestIntervals:
-    def test_percentiles_of_a_loop_over_repeated_rows(self, drawn):
-        values = np.random.default_rng(0).random((Q, 3)).astype(np.float32)
-        means = [np.repeat(values, counts, axis=0).mean(axis=0, dtype=float) for counts in drawn[:128]]
-        options = {"seed": 0, "resamples": 128}
-        for level, at in ((0.95, [2.5, 97.5]), (0.8, [10, 90])):
-            found = bootstrap.intervals(bootstrap.weighted_means, values, Q, level=level, **options)
-            np.testing.assert_allclose(found[:2], np.percentile(means, at, axis=0), rtol=1e-6)
-            assert not found.undefined.any()
-        default = bootstrap.intervals(bootstrap.weighted_means, values, Q, **options)
-        np.testing.assert_allclose(default[:2], np.percentile(means, [2.5, 97.5], axis=0), rtol=1e-6)
-
-    def test_undefined_replicates_are_counted_and_not_filled_in(self, drawn):
-        found = bootstrap.intervals(one_class, None, Q, seed=0, resamples=128)
-        total, first = drawn[:128] @ np.arange(Q), drawn[:128, 0]
-        missing = [(first == 0).sum(), (first <= 1).sum(), 128, 0]
-        assert found.undefined.tolist() == missing
-        assert 0 < missing[0] <= 64 < missing[1]  # the seed shows both sides of one half
-        for column, kept in ((0, total[first > 0]), (3, total)):
-            expected = np.percentile(kept, [2.5, 97.5])
-            np.testing.assert_allclose([found.low[column], found.high[column]], expected)
-        assert np.isnan([found.low[1:3], found.high[1:3]]).all()
-
-    def test_coverage_for_a_skewed_metric(self):
-        """400 samples of 50 exponential values: the textbook figure is about .925."""
-        values = np.random.default_rng(5).exponential(size=(50, 400)).astype(np.float32)
-        found = bootstrap.intervals(bootstrap.weighted_means, values, 50, seed=1, resamples=512)
-        covered = ((found.low <= 1) & (found.high >= 1)).mean()
-        assert 0.89 < covered < 0.96
-        missed_above, missed_below = (found.high < 1).mean(), (found.low > 1).mean()
-        assert missed_above > missed_below  # the price of percentiles where the tail is on the right
+def from_digits(digits, size):
+    """The values that digits stand for."""
+    places = 2.0 ** (bootstrap.BITS * np.arange(bootstrap.DIGITS))
+    return np.tensordot(places, digits.astype(np.float64), axes=1) * size
 
 
-class TestMeans:
-    def test_queries_without_a_value_leave_their_column_alone(self):
-        values = np.array([[1.0, np.nan], [2.0, 4.0], [6.0, np.nan]])
-        found = lambda counts: bootstrap.weighted_means(jnp.array(counts), jnp.array(values)).tolist()
-        assert found([1, 1, 1]) == pytest.approx([3.0, 4.0])
-        assert found([0, 1, 2]) == pytest.approx([14 / 3, 4.0])
-        assert found([1, 0, 2]) == pytest.approx([13 / 3, math.nan], nan_ok=True)
-        assert found([0, 0, 0]) == pytest.approx([math.nan, math.nan], nan_ok=True)
+class TestFixedPoint:
+    @few
+    @given(st.lists(st.floats(-1, 1), min_size=1, max_size=8), st.integers(-1000, 1000))
+    def test_every_value_is_held_to_a_part_of_the_largest(self, values, power):
+        values = np.ldexp(np.array(values), power)[:, None]
+        digits, size = bootstrap.fixed_point(values)
+        largest = np.abs(values).max()
+        assert digits.dtype == np.float32
+        assert np.abs(from_digits(digits, size) - values).max() <= 2.0**-33 * largest
+        # What float32 adds up exactly: whole digits of 11 bits.
+        np.testing.assert_array_equal(digits, np.rint(digits))
+        assert np.abs(digits).max() <= 2**bootstrap.BITS
+
+    @pytest.mark.parametrize("scale", [2.0**-900, 1.0, 2.0**900])
+    @pytest.mark.parametrize(
+        "values", [[0, 0], [1, -1, 0], [0.5, 1, -0.25], [1 - 2.0**-33, 2.0**-33, -(2.0**-33)]]
+    )
+    def test_what_fits_is_exact(self, values, scale):
+        values = np.array(values)[:, None] * scale
+        np.testing.assert_array_equal(from_digits(*bootstrap.fixed_point(values)), values)
+
+    def test_columns_have_sizes_of_their_own(self):
+        values = np.array([[1e-9, 1e9], [3e-9, -2e9]])
+        np.testing.assert_allclose(from_digits(*bootstrap.fixed_point(values)), values, rtol=2.0**-32)
+
+    def test_block_of_largest_digits_adds_up_in_float32(self):
+        # Drawn twice on average, as a block of 4096 units is in no resample that will ever be seen.
+        assert bootstrap.BLOCK * 2 * 2**bootstrap.BITS <= 2**24
 
 
-def repeated(counts, query, *columns):
-    """The columns with the rows of query q as often as counts[q] says."""
-    often = counts[query]
-    return [np.repeat(column, often) for column in columns]
+def values_of(units, columns=3, seed=1):
+    """Values of different scales, signs and zeros."""
+    values = np.random.default_rng(seed).normal(size=(units, columns)) * 10.0 ** np.arange(columns)
+    values[::7, 0] = 0
+    return values
 
 
-class TestAuc:
-    rng = np.random.default_rng(1)
-    query, score = rng.integers(0, Q, 60), rng.integers(0, 9, 60) / 8  # many ties
-    positive = rng.random(60) < 0.2 + 0.5 * score
+@pytest.fixture
+def chunked(monkeypatch):
+    """Small blocks of units and chunks of replicates; what was compiled for others is not used."""
+    monkeypatch.setattr(bootstrap, "BLOCK", 16)
+    bootstrap._sum_chunk.clear_cache()
+    yield
+    bootstrap._sum_chunk.clear_cache()
 
-    def test_scikit_learn(self, drawn):
-        query, score, positive = self.query, self.score, self.positive
-        items, compiled = bootstrap.sort_items(query, score, positive), jax.jit(bootstrap.weighted_auc)
-        auc = lambda counts: float(compiled(jnp.asarray(counts, jnp.int32), items))
-        vectors = [np.ones(Q, int), np.arange(Q), *drawn[:20]]
-        for counts in vectors:
-            weighted = roc_auc_score(positive, score, sample_weight=counts[query])
-            assert auc(counts) == pytest.approx(weighted, abs=1e-6)
-            labels, scores = repeated(counts, query, positive, score)
-            assert auc(counts) == pytest.approx(roc_auc_score(labels, scores), abs=1e-6)
 
-    def test_one_class_has_none(self):
-        items = jax.tree.map(jnp.asarray, bootstrap.sort_items(self.query, self.score, self.query == 3))
-        compiled = jax.jit(bootstrap.weighted_auc)
-        found = lambda counts: float(compiled(jnp.asarray(counts, jnp.int32), items))
-        assert math.isnan(found(np.zeros(Q)))
-        assert math.isnan(found(np.where(np.arange(Q) == 3, 2, 0)))
-        assert math.isnan(found(np.where(np.arange(Q) == 3, 0, 2)))
-        assert not math.isnan(found(np.ones(Q, int)))
+class TestSums:
+    @pytest.mark.parametrize("backend", ["numpy", "jax"])
+    def test_whole_numbers_are_summed_exactly(self, backend):
+        values = np.random.default_rng(0).integers(-(2**30), 2**30, (50, 2))
+        values[0] = 2**30  # the size of the column
+        found = bootstrap.weighted_sums(Draw(5, 64, 50, backend), values)
+        expected = bootstrap.counts(np, 5, np.arange(64), 50).astype(np.int64) @ values
+        assert found.dtype == np.float64
+        assert found.T.astype(np.int64).tolist() == expected.tolist()
 
-    def test_by_hand(self):
-        def auc(score, positive):
-            items = bootstrap.sort_items(np.zeros(4, int), np.array(score), np.array(positive, bool))
-            return float(bootstrap.weighted_auc(jnp.array([3]), jax.tree.map(jnp.asarray, items)))
+    @pytest.mark.parametrize("units", [12, 400, bootstrap.BLOCK + 904])
+    def test_equal_those_of_float64_and_backends_agree_in_every_bit(self, units):
+        values = values_of(units)
+        found, by_jax = (bootstrap.weighted_sums(Draw(2, 96, units, b), values) for b in ("numpy", "jax"))
+        assert found.tobytes() == by_jax.tobytes()
+        expected = drawn(units, 96, 2) @ values
+        largest = np.abs(values).max(axis=0)
+        assert (np.abs(found.T - expected) <= 2.0**-33 * units * largest).all()
 
-        assert auc([0.1, 0.2, 0.3, 0.4], [0, 0, 1, 1]) == 1
-        assert auc([0.1, 0.2, 0.3, 0.4], [1, 1, 0, 0]) == 0
-        assert auc([0.5, 0.5, 0.5, 0.5], [0, 1, 0, 1]) == 0.5
-        assert auc([0.1, 0.5, 0.5, 0.9], [0, 0, 1, 0]) == pytest.approx(1.5 / 3)
+    def test_blocks_and_chunks_change_no_bit(self, chunked, monkeypatch):
+        values = values_of(100)
+        whole = Draw(2, 96, 100, "numpy")
+        in_blocks = bootstrap.weighted_sums(whole, values)
+        by_jax = bootstrap.weighted_sums(whole._replace(backend="jax"), values)
+        monkeypatch.setattr(bootstrap, "on_cpu", lambda: False)  # larger chunks
+        larger = bootstrap.weighted_sums(whole._replace(backend="jax"), values)
+        monkeypatch.undo()
+        expected = bootstrap.weighted_sums(whole, values)
+        assert expected.tobytes() == in_blocks.tobytes() == by_jax.tobytes() == larger.tobytes()
 
-    def test_float32_keeps_its_digits_over_a_million_candidates(self):
-        rng = np.random.default_rng(2)
-        query, score = rng.integers(0, 30_000, 1_000_000), rng.random(1_000_000).round(4)
-        positive = rng.random(1_000_000) < 0.5 * score
-        items = bootstrap.sort_items(query, score, positive)
-        counts = rng.multinomial(30_000, np.full(30_000, 1 / 30_000))
-        found = float(jax.jit(bootstrap.weighted_auc)(jnp.asarray(counts, jnp.int32), items))
-        weight = counts[query]
-        of = lambda chosen: np.bincount(
-            (score[chosen] * 10_000).round().astype(int), weight[chosen], minlength=10_001
+    @pytest.mark.parametrize("backend", ["numpy", "jax"])
+    def test_further_replicates_and_columns_change_no_bit(self, backend):
+        values, draw = values_of(300), Draw(2, 1100, 300, backend)  # JAX: two calls of several chunks
+        found = bootstrap.weighted_sums(draw, values)
+        np.testing.assert_array_equal(
+            bootstrap.weighted_sums(draw._replace(resamples=96, backend="numpy"), values), found[:, :96]
         )
-        ups, downs = of(positive), of(~positive)
-        wins = ups @ (np.cumsum(downs) - downs / 2)
-        assert found == pytest.approx(wins / ups.sum() / downs.sum(), abs=3e-7)
+        np.testing.assert_array_equal(bootstrap.weighted_sums(draw, values[:, 1:]), found[1:])
+
+    @pytest.mark.parametrize("backend", ["numpy", "jax"])
+    def test_flipped_sums_change_the_signs_of_units(self, backend):
+        values = values_of(70)
+        found = bootstrap.flipped_sums(Draw(3, 96, 70, backend), values)
+        np.testing.assert_allclose(found.T, (1 - 2 * TestFlips.flips[:96]) @ values, rtol=1e-7, atol=1e-6)
+
+    def test_weights_do_not_mix_in_the_memory_of_small_draws(self):
+        draw, ones = Draw(3, 96, 70), np.ones((70, 1))
+        assert (bootstrap.weighted_sums(draw, ones) == 70).all()
+        assert (np.abs(bootstrap.flipped_sums(draw, ones)) < 70).all()
+        assert (bootstrap.weighted_sums(draw, ones) == 70).all()
+
+    @pytest.mark.parametrize("broken", [np.nan, np.inf, -np.inf])
+    def test_what_is_undefined_is_refused(self, broken):
+        with pytest.raises(ValueError, match="finite"):
+            bootstrap.weighted_sums(Draw(0, 8, 3), np.array([[1.0], [broken], [2.0]]))
+
+    @pytest.mark.parametrize("backend", ["numpy", "jax"])
+    def test_seed_is_an_unsigned_32_bit_number(self, backend):
+        values = values_of(12)
+        sums = lambda seed: bootstrap.weighted_sums(Draw(seed, 32, 12, backend), values)
+        assert len({sums(seed).tobytes() for seed in (0, 1, 2**31, 2**32 - 1)}) == 4
+        for seed in (-1, 2**32):
+            with pytest.raises(OverflowError):
+                sums(seed)
+
+    def test_numpy_does_small_work_alone(self):
+        assert Draw(0, 1000, bootstrap.SMALL // 1000).small
+        assert not Draw(0, 1000, bootstrap.SMALL // 1000 + 1).small
+        assert Draw(0, 1000, 10**6, "numpy").small
+        assert not Draw(0, 1, 1, "jax").small
 
 
-class TestEce:
-    def test_equals_the_ece_of_repeated_rows(self, drawn):
-        rng = np.random.default_rng(3)
-        query, p = rng.integers(0, Q, 80), rng.random(80)
-        p[:3] = [1.0, 0.0, 0.2]
-        outcome = (rng.random(80) < p**2).astype(float)
-        bins = calibration.bin_sums(query, p, outcome, Q).astype(np.float32)
-        compiled = jax.jit(bootstrap.weighted_ece)
-        for counts in (np.ones(Q, int), np.arange(Q), *drawn[:10]):
-            ps, ys = repeated(counts, query, p, outcome)
-            gaps = 0.0
-            for low, high in itertools.pairwise(np.arange(16) / 15):
-                inside = (ps >= low) & ((ps < high) | (high == 1))
-                if inside.any():
-                    gaps += inside.mean() * abs(ps[inside].mean() - ys[inside].mean())
-            assert float(compiled(jnp.asarray(counts), bins)) == pytest.approx(gaps, abs=1e-6)
+SUMS = """
+import jax
+from cotrr.evaluate import auc
+from tests.evaluate import test_bootstrap
+auc.UNROLLED = 4  # so that eight devices are compiled for in seconds; no bit depends on it
+print(jax.local_device_count(), test_bootstrap.digest("jax"))
+"""
 
-    def test_no_rows_have_none(self):
-        nothing = jnp.zeros((Q, 15, 3))
-        assert math.isnan(float(bootstrap.weighted_ece(jnp.ones(Q, jnp.int32), nothing)))
-        assert math.isnan(float(bootstrap.weighted_ece(jnp.zeros(Q, jnp.int32), nothing + 1)))
+
+def digest(backend):
+    """Of the bytes of all sums and wins of one draw."""
+    rng = np.random.default_rng(0)
+    draw, items = Draw(3, 600, 70, backend), (rng.integers(0, 70, 200), rng.integers(0, 50, 200) / 50)
+    sums = bootstrap.weighted_sums(draw, values_of(70))
+    wins = auc.weighted_wins(draw, auc.sort_items(*items, rng.random(200) < 0.4))
+    assert sums.shape == (3, 600) and wins.shape == (600,)
+    return " ".join(hashlib.sha256(part.tobytes()).hexdigest() for part in (sums, wins))
+
+
+def run(script, **environment):
+    """What a Python of its own prints."""
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+def test_eight_devices_give_the_bits_of_one_and_of_numpy():
+    count, *found = run(SUMS, XLA_FLAGS="--xla_force_host_platform_device_count=8")
+    assert count == "8"
+    assert jax.local_device_count() == 1
+    assert " ".join(found) == digest("jax") == digest("numpy")
+
+
+PEAK = """
+import resource, numpy as np
+from cotrr.evaluate import bootstrap
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+values = np.random.default_rng(0).random((30_000, 8))
+bootstrap.weighted_sums(bootstrap.Draw(0, 4, 3_000, "jax"), values[:3_000])  # what a compiler needs
+before = peak()
+bootstrap.weighted_sums(bootstrap.Draw(0, 1000, 30_000), values)
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux")
+def test_memory_stays_far_below_that_of_all_counts():
+    megabytes = int(run(PEAK)[0]) / 1024
+    assert megabytes < 30_000 * 1000 * 4 / 1e6 * 0.6  # measured: 42 of 120
