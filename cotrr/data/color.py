@@ -6,6 +6,7 @@ and this module imports neither.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 # Chroma at which blue turns purple and saturated colours stop looking as different as they measure.
@@ -89,3 +90,22 @@ def _rotation(xp: Any, chroma: Any, hue: Any) -> Any:
 
 def _radians(xp: Any, degrees: Any) -> Any:
     return degrees * (xp.pi / 180)
+
+
+# CIE XYZ of D65 to linear sRGB, and where its curve begins (IEC 61966-2-1).
+_SRGB = ((3.2406, -1.5372, -0.4986), (-0.9689, 1.8758, 0.0415), (0.0557, -0.2040, 1.0570))
+_D65 = (0.95047, 1.0, 1.08883)
+
+
+def hex_of_lab(lab: Sequence[float]) -> str:
+    """`#rrggbb` in sRGB of a CIE L*a*b* colour (D65); what sRGB cannot show is cut off.
+
+    >>> hex_of_lab((100, 0, 0)), hex_of_lab((53.24, 80.09, 67.2))
+    ('#ffffff', '#ff0000')
+    """
+    y = (lab[0] + 16) / 116
+    cube = lambda t: t**3 if t > 6 / 29 else 3 * (6 / 29) ** 2 * (t - 4 / 29)
+    xyz = [white * cube(t) for white, t in zip(_D65, (y + lab[1] / 500, y, y - lab[2] / 200), strict=True)]
+    linear = [min(max(sum(m * v for m, v in zip(row, xyz, strict=True)), 0.0), 1.0) for row in _SRGB]
+    curve = lambda u: 12.92 * u if u <= 0.0031308 else 1.055 * u ** (1 / 2.4) - 0.055
+    return "#" + "".join(f"{round(255 * curve(u)):02x}" for u in linear)

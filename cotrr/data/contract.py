@@ -11,6 +11,8 @@ Amount = Annotated[float, Meta(ge=0, le=1e6)]
 Score = Annotated[float, Meta(ge=-1e6, le=1e6)]
 Name = Annotated[str, Meta(min_length=1)]
 Vector = Annotated[list[float], Meta(min_length=1)]
+Chroma = Annotated[float, Meta(ge=-200, le=200)]  # a* or b*
+Lab = tuple[Annotated[float, Meta(ge=0, le=100)], Chroma, Chroma]
 
 
 class Conflict(msgspec.Struct, frozen=True):
@@ -42,6 +44,7 @@ class Candidate(msgspec.Struct, kw_only=True):
     id: Name | None = None
     canonical_id: Name | None = None
     url: Name | None = None
+    cluster_id: Name | None = None  # of the query: a session or campaign, for evaluation by cluster
     constraints: dict[str, Any] | None = None
 
     image_embedding: Vector | None = None
@@ -68,6 +71,7 @@ class Candidate(msgspec.Struct, kw_only=True):
     conflicts: list[Conflict] | None = None
 
     dual_score: Score | None = None
+    palette_lab: Annotated[list[Lab], Meta(max_length=8)] | None = None  # shown, never a feature
     review: Review | None = None
 
     def __post_init__(self) -> None:

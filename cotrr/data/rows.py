@@ -14,6 +14,8 @@ import pyarrow as pa
 from cotrr.data.contract import ATTRIBUTES, FIELDS, Candidate
 from cotrr.errors import InputError
 
+# Carried along for evaluation and the report; a dataset may lack them.
+SHOWN = {"cluster_id": pa.string(), "palette_lab": pa.list_(pa.list_(pa.float64()))}
 _CONFLICT = pa.struct([("type", pa.string()), ("severity", pa.string()), ("confidence", pa.float64())])
 KEYS = ("query_id", "query", "domain", "id", "canonical_id", "url")
 _FIX = "Mend the line, or set --on_bad_line=quarantine to put bad lines aside"
@@ -135,6 +137,8 @@ class Reader:
         facts: dict[str, Any] = {"query": row.query, "domain": row.domain}
         if row.constraints is not None:
             facts["constraints"] = row.constraints
+        if row.cluster_id is not None:
+            facts["cluster_id"] = row.cluster_id
         if text is not None:
             facts["text_embedding"] = text.tobytes()
         known = self.queries.setdefault(row.key[0], {})
@@ -160,6 +164,8 @@ class Reader:
                 None if found is None else float(sum(c.severity == severity for c in found)))  # fmt: skip
         put("conflicts", None if row.conflicts is None else msgspec.to_builtins(row.conflicts))
         put("dual_score", row.dual_score)
+        for name in SHOWN:
+            put(name, getattr(row, name))
         review = row.review
         put("review_compliance", review and review.compliance)
         put("review_conflict", review and review.conflict)
@@ -174,7 +180,7 @@ class Reader:
         types |= {name: pa.float64() for name in (*ATTRIBUTES, "dual_score", "review_compliance")}
         types |= {"conflicts": pa.list_(_CONFLICT), "review_conflict": pa.int8(),
                   "review_conflict_types": pa.list_(pa.string()),
-                  "file": pa.string(), "line": pa.int64(), "line_json": pa.binary()}  # fmt: skip
+                  "file": pa.string(), "line": pa.int64(), "line_json": pa.binary()} | SHOWN  # fmt: skip
         columns = {name: pa.array(values, types[name]) for name, values in self.columns.items()}
         for name, vectors in self.vectors.items():
             columns[name] = _vectors_to_arrow(vectors, self.dim or 1)

@@ -202,6 +202,8 @@ def _rows(
         "constraints": constraints(query),
     }  # fmt: skip
     text = msgspec.Raw(msgspec.json.encode(query.embedding.tolist()))
+    # Beyond these bounds no colour is written, however far a simulated error may lead.
+    palette = np.clip(catalogue.seen.lab, (0, -128, -128), (100, 127, 127)).round(2).tolist()
     numbers = zip(*(column.tolist() for column in columns.values()), strict=True)
     rows = []
     for picture, values in zip(index.tolist(), numbers, strict=True):
@@ -210,6 +212,7 @@ def _rows(
             "id": name,
             "canonical_id": shoot,
             "url": f"https://photos.example/{shoot}/{name}.jpg",
+            "palette_lab": [palette[picture]],
         }
         embeddings = {"image_embedding": catalogue.encoded[picture], "text_embedding": text}
         rows.append(common | keys | dict(zip(columns, values, strict=True)) | embeddings)

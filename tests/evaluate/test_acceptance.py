@@ -51,11 +51,13 @@ def test_zero_is_a_measurement():
 
 @pytest.fixture
 def report():
-    """The last system is the model; the one before it must not be read."""
+    """Differences to CLIP-only are read; those to other systems, and of other systems, must not be."""
+    large = lambda: {"compliance@1": fig(0.5, 0.4, 0.6), "ndcg@10": fig(0.5, 0.4, 0.6)}
     return {
-        "deltas": {
-            "+SO": {"compliance@1": fig(0.5, 0.4, 0.6), "ndcg@10": fig(0.5, 0.4, 0.6)},
-            "+Reranker": {"compliance@1": fig(0.05, 0.031, 0.07), "ndcg@10": fig(0.05, 0.04, 0.059)},
+        "deltas": {"CLIP-only": large(), "+Reranker": large()},  # to any --baseline
+        "gains": {
+            "CLIP-only": {"compliance@1": fig(0.05, 0.031, 0.07), "ndcg@10": fig(0.05, 0.04, 0.059)},
+            "+SO": large(),
         },
         "conflict": {
             "systems": {
@@ -78,12 +80,18 @@ def test_table(report):
         ("Latency p95 of one query ≤ 1 ms", "not met"),
     ]
     assert [row["threshold"] for row in rows] == [0.03, 0.06, 0.9, 0.05, 1.0]
-    assert rows[0]["figure"] is report["deltas"]["+Reranker"]["compliance@1"]
+    assert rows[0]["figure"] is report["gains"]["CLIP-only"]["compliance@1"]
     assert all(row["why"] == "" for row in rows)
 
 
+def test_order_of_systems_does_not_matter(report):
+    expected = acceptance.table(report)
+    report["gains"] = dict(reversed(report["gains"].items()))
+    assert acceptance.table(report) == expected
+
+
 def test_table_of_what_was_not_measured(report):
-    report["deltas"]["+Reranker"]["ndcg@10"] = fig(None, why="no gain anywhere")
+    report["gains"]["CLIP-only"]["ndcg@10"] = fig(None, why="no gain anywhere")
     report["conflict"]["systems"]["reranker"]["auc"] = fig(0.95, why="one query alone has no interval")
     report["latency"] = {}
     rows = {row["metric"]: row for row in acceptance.table(report)}
@@ -94,6 +102,6 @@ def test_table_of_what_was_not_measured(report):
 
 
 def test_table_without_a_model():
-    rows = acceptance.table({"deltas": {}, "conflict": {"systems": {}}, "latency": {}})
+    rows = acceptance.table({"gains": {}, "conflict": {"systems": {}}, "latency": {}})
     assert {row["verdict"] for row in rows} == {"not measured"}
     assert {row["why"] for row in rows} == {"not measured here"}

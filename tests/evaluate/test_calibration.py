@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import stats
+from scipy import optimize, stats
 
 from cotrr.evaluate import calibration
 
@@ -162,9 +162,8 @@ class TestDebiased:
         count = np.full((3000, BINS), 10.0)
         by_bin = lambda values: np.add.reduceat(values, np.arange(0, 150, 10), axis=-1)
         sums = np.stack([count, np.broadcast_to(by_bin(p), (3000, BINS)), by_bin(y.astype(float))], axis=-1)
-        np.testing.assert_array_equal(
-            sums[0], calibration.bin_sums(row * 0, p, y[0].astype(float), row, 1)[0]
-        )
+        alone = calibration.bin_sums(row * 0, p, y[0].astype(float), row, 1)[0]
+        np.testing.assert_allclose(sums[0], alone, rtol=1e-12)
         found = calibration.debiased_square(sums)
         truth = (by_bin(p - p**1.5) ** 2 / 100).mean()
         # Chances differ a little inside a bin, which makes the bias that is taken off a little too large.
@@ -217,8 +216,22 @@ class TestSmooth:
     @pytest.mark.parametrize(("size", "power"), [(30, 1), (400, 1), (400, 2), (3000, 1.2), (3000, 0.5)])
     def test_relplot(self, size, power, ties):
         p, y = drawn(size, power, ties=ties)
-        p[:3] = 0, 1, 1
-        assert calibration.smooth_ece(p, y) == pytest.approx(relplot.smECE(p, y), abs=2e-3)
+        p = 0.1 + 0.8 * p  # what stands on 0 and 1 it counts half
+        assert calibration.smooth_ece(p, y) == pytest.approx(relplot.smECE(p, y), abs=1.5e-3)
+
+    @pytest.mark.parametrize(("size", "power", "ties"), [(30, 1, False), (400, 1, True), (400, 2, False)])
+    def test_direct_integral_with_images_behind_zero_and_one(self, size, power, ties):
+        p, y = drawn(size, power, ties=ties)
+        p[:5] = 0, 1, 1, 1, 0
+        at = (np.arange(4000) + 0.5) / 4000
+
+        def error(width):
+            images = np.concatenate([centre + p * side for centre in (-2, 0, 2) for side in (-1, 1)])
+            kernel = stats.norm(scale=width).pdf(at[:, None] - images)
+            return np.abs(kernel @ np.tile(p - y, 6)).mean() / size
+
+        width = optimize.brentq(lambda w: error(w) - w, 0.01, 1, xtol=1e-5)
+        assert calibration.smooth_ece(p, y) == pytest.approx(width, abs=1e-4)
 
     @few
     @given(rows_of_probabilities)

@@ -1,15 +1,17 @@
-"""Tests of the failures: regret by hand, and the pictures that an example shows."""
+"""Tests of the failures: regret by hand, one reason each, and what an example shows."""
 
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from statsmodels.stats.proportion import proportion_confint
 
 from cotrr.data.contract import ATTRIBUTES
 from cotrr.data.lists import Lists
 from cotrr.evaluate import failures
+from cotrr.evaluate.attribution import Explanation
+from cotrr.ranker.artifact import Scored
 
 NAN = np.nan
 COMPLIANCE = np.array([
@@ -57,13 +59,34 @@ def table(lists):
         "url": [f"file:{name}.jpg" for name in ids],
         "subject_ratio": [0.5] * len(ids),
         "review_conflict_types": [["color_mismatch"] if name == "0-0" else None for name in ids],
+        "palette_lab": [[[100.0, 0.0, 0.0], [0.0, 0.0, 0.0]] if name == "0-0" else None for name in ids],
+        "image_embedding": [[0.0]] * len(ids),
     }
     return pa.table(columns)
 
 
 @pytest.fixture
-def intervals():
-    return SimpleNamespace(score=SCORES, low=SCORES - 0.1, high=SCORES + 0.1, p_conflict=SCORES / 10)
+def scored():
+    """Scores that are their own calibration, with intervals of ± 0.1."""
+    return Scored(SCORES, np.full_like(SCORES, 0.05), SCORES - 0.1, SCORES + 0.1, SCORES / 10, SCORES)
+
+
+@pytest.fixture(autouse=True)
+def pushes(monkeypatch):
+    """Attributions in place of a model's: `clip_score` pushes the shown one ahead, everywhere."""
+
+    def explain(model, lists, query, first, second):
+        names = {"subject_ratio": -1.0, "clip_score": 3.0}
+        values = {name: np.full(len(query), value) for name, value in names.items()}
+        return Explanation(np.full(len(query), 2.0), {"clip": values["clip_score"]}, values)
+
+    monkeypatch.setattr(failures.attribution, "explain", explain)
+
+
+def analyse(table, lists, scored, count=8):
+    found = failures.analyse(None, table, lists, scored, count)
+    json.dumps(found, allow_nan=False)
+    return found
 
 
 def test_regret(lists):
@@ -76,37 +99,136 @@ def test_scores_of_padding_do_not_matter(lists):
     np.testing.assert_array_equal(failures.regret(hidden, lists), failures.regret(SCORES, lists))
 
 
-def test_largest_first(table, lists, intervals):
-    found = failures.largest(table, lists, SCORES, intervals)
-    json.dumps(found, allow_nan=False)
-    assert [example["query_id"] for example in found] == ["id 4", "id 0", "id 2"]
-    assert [example["regret"] for example in found] == pytest.approx([1.0, 0.7, 0.2], abs=1e-6)
-    assert [(x["shown"]["id"], x["best"]["id"]) for x in found] == [
+def test_largest_first(table, lists, scored):
+    found = analyse(table, lists, scored)
+    assert (found["queries"], found["with_regret"]) == (4, 3)
+    assert found["total_regret"] == pytest.approx(1.9)
+    assert found["mean_regret"] == pytest.approx(1.9 / 4)
+    examples = found["examples"]
+    assert [example["query_id"] for example in examples] == ["id 4", "id 0", "id 2"]
+    assert [example["regret"] for example in examples] == pytest.approx([1.0, 0.7, 0.2], abs=1e-6)
+    assert [(x["shown"]["id"], x["best"]["id"]) for x in examples] == [
         ("4-0", "4-1"), ("0-0", "0-2"), ("2-1", "2-0"),
     ]  # fmt: skip
-    for example in found:
+    for example in examples:
         apart = example["best"]["compliance"] - example["shown"]["compliance"]
         assert example["regret"] == pytest.approx(apart)
 
 
-def test_count_cuts(table, lists, intervals):
-    found = failures.largest(table, lists, SCORES, intervals, count=1)
-    assert [example["query_id"] for example in found] == ["id 4"]
+def test_count_cuts_the_examples_and_not_the_reasons(table, lists, scored):
+    found = analyse(table, lists, scored, count=1)
+    assert [example["query_id"] for example in found["examples"]] == ["id 4"]
+    assert sum(row["count"] for row in found["reasons"]) == 3
 
 
-def test_both_candidates_are_as_the_table_has_them(table, lists, intervals):
-    example = failures.largest(table, lists, SCORES, intervals)[1]
+def test_both_candidates_are_as_the_table_has_them(table, lists, scored):
+    example = analyse(table, lists, scored)["examples"][1]
     assert (example["query"], example["domain"]) == ("query 0", "domain 0")
     assert example["constraints"] == {"color": "pink", "glass": "a=b"}
     assert example["shown"] == {
         "id": "0-0", "url": "file:0-0.jpg", "compliance": pytest.approx(0.2), "score": 0.9,
         "score_low": pytest.approx(0.8), "score_high": pytest.approx(1.0), "p_conflict": pytest.approx(0.09),
-        "conflicts": ["color_mismatch"], "attributes": {"subject_ratio": 0.5},
+        "conflicts": ["color_mismatch"], "attributes": {"subject_ratio": 0.5}, "std": 0.05,
+        "palette": ["#ffffff", "#000000"],
     }  # fmt: skip
     assert example["best"]["conflicts"] == []
+    assert example["best"]["palette"] == []
     assert example["best"]["score"] == 0.3
+    assert example["why"]["margin"] == 2.0
+    assert example["why"]["attributes"] == [
+        {"name": "clip_score", "value": 3.0, "shown": None, "best": None},
+        {"name": "subject_ratio", "value": -1.0, "shown": 0.5, "best": 0.5},
+    ]
+    assert example["violates"] == {
+        "by_reviewer": ["color_mismatch"], "by_step4": [], "asked": {"color": "pink"},
+    }  # fmt: skip
+    assert not example["within_uncertainty"]  # 0.9 ± 0.1 and 0.3 ± 0.1
 
 
-def test_no_regret_has_no_examples(table, lists, intervals):
-    perfect = np.nan_to_num(COMPLIANCE)
-    assert failures.largest(table, lists, perfect, intervals) == []
+def test_scores_within_each_others_intervals_are_told(table, lists, scored):
+    near = scored._replace(low=SCORES - 1, high=SCORES + 1)
+    assert all(example["within_uncertainty"] for example in analyse(table, lists, near)["examples"])
+
+
+def test_no_regret_has_no_examples(table, lists, scored):
+    found = analyse(table, lists, scored._replace(logit=np.nan_to_num(COMPLIANCE)))
+    assert (found["examples"], found["reasons"], found["total_regret"]) == ([], [], 0.0)
+
+
+def step4(*types):
+    return [{"type": kind, "severity": "soft", "confidence": 0.5} for kind in types]
+
+
+def with_conflicts(table, **conflicts):
+    """The table with Step 4's conflicts of some candidates, `q0_1` for 0-1; none elsewhere."""
+    given = [step4(*conflicts.get("q" + name.replace("-", "_"), ())) for name in table["id"].to_pylist()]
+    return table.append_column("conflicts", pa.array(given))
+
+
+def with_reviews(table, **types):
+    """The table with a reviewer's conflicts for every candidate."""
+    given = [list(types.get("q" + name.replace("-", "_"), ())) for name in table["id"].to_pylist()]
+    at = table.column_names.index("review_conflict_types")
+    return table.set_column(at, "review_conflict_types", pa.array(given, pa.list_(pa.string())))
+
+
+@pytest.mark.parametrize(
+    ("reviewed", "accused", "reason"),
+    [
+        ({"q4_0": ["glass_mismatch"]}, {}, ("missed", "glass_mismatch", None)),
+        ({"q4_0": ["glass"]}, {"q4_0": ["glass"]}, ("outweighed", "glass", "clip_score")),
+        ({}, {"q4_1": ["color_mismatch"]}, ("false_alarm", "color_mismatch", None)),
+        ({}, {}, ("unnamed", None, "clip_score")),
+        # The best one breaks the same rule, so this is not why it lost.
+        ({"q4_0": ["a"], "q4_1": ["a"]}, {}, ("unnamed", None, "clip_score")),
+        # Both are accused alike, so neither is this.
+        ({}, {"q4_0": ["a"], "q4_1": ["a"]}, ("unnamed", None, "clip_score")),
+        # What Step 4 could not see comes before what it saw wrongly.
+        ({"q4_0": ["a"]}, {"q4_1": ["b"]}, ("missed", "a", None)),
+    ],
+)  # fmt: skip
+def test_each_failure_has_one_reason(table, lists, scored, reviewed, accused, reason):
+    found = analyse(with_conflicts(with_reviews(table, **reviewed), **accused), lists, scored)
+    first = next(row for row in found["reasons"] if "id 4" in row["queries"])
+    assert (first["kind"], first["type"], first["attribute"]) == reason
+    assert found["examples"][0]["reason"] == first["reason"]
+
+
+def test_counts_and_shares_add_up(table, lists, scored, monkeypatch):
+    reviewed = with_reviews(table, q4_0=["a"], q0_0=["b"], q2_1=["c"])
+    for limit in (12, 1):
+        monkeypatch.setattr(failures, "REASONS", limit)
+        rows = analyse(reviewed, lists, scored)["reasons"]
+        assert len(rows) == min(3, limit + 1)
+        assert sum(row["count"] for row in rows) == 3
+        assert sum(row["share"] for row in rows) == pytest.approx(1)
+    assert rows[1]["reason"] == "other reasons"
+    assert rows[0]["share"] == pytest.approx(1.0 / 1.9)
+
+
+def test_detection_is_counted_where_both_have_spoken(table, lists):
+    reviewed = with_reviews(table, q0_0=["a"], q0_1=["a"], q1_0=["a", "b"])
+    found = failures.detect(with_conflicts(reviewed, q0_0=["a"], q4_2=["a"]), lists)
+    a, b = found
+    assert (a["type"], a["reviewed"], a["found"], a["accused"], a["right"]) == ("a", 3, 1, 2, 1)
+    assert a["recall"] == pytest.approx([1 / 3, *proportion_confint(1, 3, method="wilson")])
+    assert a["precision"] == pytest.approx([1 / 2, *proportion_confint(1, 2, method="wilson")])
+    assert (b["recall"][0], b["precision"]) == (0.0, None)
+    assert failures.detect(table, lists) == []  # Step 4 has told nothing
+
+
+def test_a_fix_is_told_only_where_the_data_bear_it(table, lists, scored, monkeypatch):
+    missed = with_conflicts(with_reviews(table, q4_0=["a"], q0_0=["a"], q2_1=["a"]))
+    assert [row["fix"] for row in analyse(missed, lists, scored)["reasons"]] == [None]  # three queries only
+    monkeypatch.setattr(failures, "FEWEST", 3)
+    row = analyse(missed, lists, scored)["reasons"][0]
+    assert row["fix"].startswith("Step 4 finds 0 % [0, 56] of the reviewer's cases of a:")
+    assert "up to 47.5 points" in row["fix"]  # 1.9 of regret over 4 queries
+    monkeypatch.setattr(failures, "GOOD", 0.5)  # the recall may be as high as 0.56
+    assert analyse(missed, lists, scored)["reasons"][0]["fix"] is None
+
+
+def test_without_a_reviewer_there_is_no_accusation_to_judge(table, lists, scored):
+    silver = with_conflicts(table, q4_1=["a"])
+    kinds = {row["kind"] for row in analyse(silver, lists, scored)["reasons"]}
+    assert "false_alarm" not in kinds

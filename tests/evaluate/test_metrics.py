@@ -2,12 +2,14 @@
 
 import csv
 import gzip
+import importlib
 import itertools
 import math
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numba
 import numpy as np
 import pytest
 import pytrec_eval
@@ -236,6 +238,13 @@ class TestInvariance:
             np.testing.assert_allclose(column, alone, rtol=1e-6, err_msg=name)
 
 
+@pytest.fixture
+def ranx(monkeypatch):
+    """ranx without numba's compiler, which would take 20 seconds for these lists."""
+    monkeypatch.setattr(numba.config, "DISABLE_JIT", True)
+    return importlib.import_module("ranx")
+
+
 class TestOtherTools:
     def test_scikit_learn_with_ties(self):
         rng = np.random.default_rng(1)
@@ -256,6 +265,21 @@ class TestOtherTools:
         for name, expected in judge.evaluate(named(scores, float)).items():
             q = int(name[1:])
             assert of_list(scores[q], gains[q])["ndcg"] == pytest.approx(expected["ndcg_cut_3"], abs=1e-6)
+
+    @pytest.mark.parametrize(("metric", "gain"), [("ndcg_burges", lambda g: 2.0**g - 1), ("ndcg", float)])
+    def test_ranx(self, ranx, metric, gain):
+        rng = np.random.default_rng(3)
+        scores, grade = rng.permuted(np.arange(20 * N)).reshape(20, N) / 7, rng.integers(0, 4, (20, N))
+        grade[:, 0] = np.maximum(grade[:, 0], 1)
+        named = lambda rows, kind: {
+            f"q{q}": {f"d{i}": kind(v) for i, v in enumerate(row)} for q, row in enumerate(rows)
+        }
+        judge = ranx.Qrels(named(grade, int)), ranx.Run(named(scores, float))
+        ranx.evaluate(*judge, f"{metric}@3")
+        for name, expected in judge[1].scores[f"{metric}@3"].items():
+            q = int(name[1:])
+            found = of_list(scores[q], [gain(g) for g in grade[q]])["ndcg"]
+            assert found == pytest.approx(expected, abs=1e-6)
 
 
 def read_svmlight(folder):
