@@ -1,6 +1,7 @@
-"""TensorBoard event files without TensorFlow: scalars, histograms, text, HParams."""
+"""TensorBoard event files without TensorFlow: scalars, images, curves, text, HParams."""
 
 import pathlib
+import struct
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -8,12 +9,17 @@ from typing import Any
 import numpy as np
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.compat.proto.tensor_pb2 import TensorProto
 from tensorboard.plugins.histogram.summary_v2 import histogram_pb
 from tensorboard.plugins.hparams import metadata, plugin_data_pb2
 from tensorboard.plugins.hparams import summary_v2 as hparams
 from tensorboard.plugins.hparams.api_pb2 import Status
+from tensorboard.plugins.image import metadata as image_metadata
+from tensorboard.plugins.pr_curve import metadata as pr_metadata
 from tensorboard.plugins.text.summary_v2 import text_pb
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+THRESHOLDS = 127  # of a precision–recall curve
 
 
 class SummaryWriter:
@@ -50,6 +56,28 @@ class SummaryWriter:
     def text(self, tag: str, markdown: str, step: int = 0) -> None:
         """A Markdown text."""
         self._add(text_pb(tag, markdown), step)
+
+    def image(self, tag: str, png: bytes, step: int = 0) -> None:
+        """A picture, as the bytes of a PNG file."""
+        width, height = struct.unpack(">II", png[16:24])  # PNG (ISO/IEC 15948), IHDR
+        tensor = TensorProto(dtype="DT_STRING", tensor_shape={"dim": [{"size": 3}]})
+        tensor.string_val.extend([str(width).encode(), str(height).encode(), png])
+        metadata = image_metadata.create_summary_metadata(None, None)
+        self._add(Summary(value=[Summary.Value(tag=tag, tensor=tensor, metadata=metadata)]), step)
+
+    def pr_curve(self, tag: str, labels: np.ndarray, probabilities: np.ndarray, step: int = 0) -> None:
+        """Precision and recall of [N] probabilities for labels [N] bool, at 127 thresholds."""
+        place = np.floor(np.asarray(probabilities) * (THRESHOLDS - 1)).astype(int)
+        of = lambda chosen: np.cumsum(np.bincount(place[chosen], minlength=THRESHOLDS)[::-1])[::-1]
+        labels = np.asarray(labels, bool)
+        tp, fp = of(labels).astype(np.float64), of(~labels).astype(np.float64)
+        tn, fn = fp[0] - fp, tp[0] - tp
+        share = lambda hits, total: hits / np.maximum(total, 1e-7)
+        data = np.stack([tp, fp, tn, fn, share(tp, tp + fp), share(tp, tp + fn)]).astype(np.float32)
+        shape = {"dim": [{"size": size} for size in data.shape]}
+        tensor = TensorProto(dtype="DT_FLOAT", tensor_shape=shape, tensor_content=data.tobytes())
+        metadata = pr_metadata.create_summary_metadata(None, None, THRESHOLDS)
+        self._add(Summary(value=[Summary.Value(tag=tag, tensor=tensor, metadata=metadata)]), step)
 
     def hparams(self, values: Mapping[str, Any], metrics: tuple[str, ...]) -> None:
         """One row of the HParams table: this run's settings, and the scalar tags that judge it."""

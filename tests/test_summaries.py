@@ -1,10 +1,13 @@
 """Event files: written without TensorFlow, read back by TensorBoard's own reader."""
 
+import io
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from PIL import Image
+from sklearn.metrics import precision_score, recall_score
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.compat.proto.summary_pb2 import SummaryMetadata
 from tensorboard.plugins.hparams import plugin_data_pb2
@@ -47,6 +50,40 @@ def test_text_comes_back(tmp_path):
     assert events.SummaryMetadata("config").plugin_data.plugin_name == "text"
 
 
+def png(width, height):
+    """A white picture."""
+    out = io.BytesIO()
+    Image.new("RGB", (width, height), "white").save(out, "PNG")
+    return out.getvalue()
+
+
+def test_an_image_comes_back(tmp_path):
+    with SummaryWriter(tmp_path) as writer:
+        writer.image("plot", png(30, 20), 2)
+    events = read(tmp_path)
+    (event,) = events.Tensors("plot")
+    assert event.step == 2
+    assert make_ndarray(event.tensor_proto).tolist() == [b"30", b"20", png(30, 20)]
+    assert events.SummaryMetadata("plot").plugin_data.plugin_name == "images"
+
+
+def test_a_curve_is_scikit_learns(tmp_path):
+    rng = np.random.default_rng(0)
+    p = rng.random(500)
+    p[0] = 1.0
+    labels = rng.random(500) < p
+    with SummaryWriter(tmp_path) as writer:
+        writer.pr_curve("conflict", labels, p)
+    events = read(tmp_path)
+    curve = make_ndarray(events.Tensors("conflict")[0].tensor_proto)
+    assert events.SummaryMetadata("conflict").plugin_data.plugin_name == "pr_curves"
+    assert curve.shape == (6, 127)
+    for k in (0, 30, 100, 126):
+        flagged = p >= k / 126
+        assert curve[4, k] == pytest.approx(precision_score(labels, flagged))
+        assert curve[5, k] == pytest.approx(recall_score(labels, flagged))
+
+
 def hparams_of(events, tag) -> plugin_data_pb2.HParamsPluginData:
     metadata: SummaryMetadata = events.SummaryMetadata(tag)
     assert metadata.plugin_data.plugin_name == "hparams"
@@ -81,6 +118,7 @@ with SummaryWriter(sys.argv[1]) as writer:
     writer.scalars({"a": 1.0}, 0)
     writer.histogram("h", [1.0, 2.0], 0)
     writer.text("t", "words")
+    writer.pr_curve("p", [True, False], [0.7, 0.2])
     writer.hparams({"x": 1}, ("a",))
     writer.end_session()
 assert not [name for name in sys.modules if name.startswith("tensorflow.")]

@@ -200,6 +200,7 @@ def _rows(
     common = {
         "query_id": f"q{query.number:06d}", "query": query_text(query), "domain": query.domain_name,
         "constraints": constraints(query),
+        "cluster_id": f"session{query.number // 3:05d}",  # of three queries, independent as they are
     }  # fmt: skip
     text = msgspec.Raw(msgspec.json.encode(query.embedding.tolist()))
     # Beyond these bounds no colour is written, however far a simulated error may lead.
