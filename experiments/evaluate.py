@@ -77,7 +77,7 @@ def main() -> None:
     say(f"scoring {lists.labelled.sum():,} candidates of {len(lists.query_id):,} queries")
     start = time.perf_counter()
     contenders = _contenders(models, lists)
-    seconds = {"scoring": time.perf_counter() - start}
+    seconds = {"scoring": round(time.perf_counter() - start, 3)}
     result = _measure(engine, table, lists, contenders, seconds)
     result |= {
         "notices": notices,
@@ -179,7 +179,7 @@ def _measure(
 
     def lap(part: str) -> None:
         nonlocal clock
-        seconds[part], clock = time.perf_counter() - clock, time.perf_counter()
+        seconds[part], clock = round(time.perf_counter() - clock, 3), time.perf_counter()
 
     result = {
         "title": pathlib.Path(FLAGS.model[0]).name,

@@ -6,6 +6,7 @@ import base64
 import json
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -22,7 +23,7 @@ BASELINE = "CLIP-only"
 HEADLINE = "compliance@1"
 NO_INTERVAL = "no interval"
 PICTURE_LIMIT = 500_000  # bytes; larger pictures would make the page slow to open
-UNITS = {"": (1, ".3f", ""), "points": (100, "+.1f", " pt"), "%": (100, "+.1f", " %")}
+UNITS = {"": (1, ".3f", ""), "points": (100, "+.1f", " pt"), "%": (100, ".0f", " %")}
 MARKS = {"met": "✓", "not met": "✗", "not decided": "?", "not measured": "\N{EN DASH}"}
 STEMS = {
     "compliance": "Compliance",
@@ -169,11 +170,33 @@ def panels(rows: Mapping[str, Dict], lines: Dict, shared: bool = False) -> list[
     return found
 
 
+def baseline(report: Dict) -> str:
+    """The name of the system that differences are taken to."""
+    return report.get("baseline") or BASELINE
+
+
+def model_system(report: Dict) -> str:
+    """The name of the model's own system: the last one unless told."""
+    return report.get("model_system") or next(reversed(report.get("deltas") or {"": {}}))
+
+
+def p_text(p: float | None, resamples: int | None = None) -> str:
+    """A p-value to two digits; the least that so many resamples can show is a bound.
+
+    >>> p_text(0.0123), p_text(1 / 1001, 1000), p_text(None)
+    ('0.012', '≤ 0.001', '–')
+    """
+    if p is None:
+        return MARKS["not measured"]
+    bound = "≤ " if resamples and p <= 1.0001 / (resamples + 1) else ""
+    return bound + (f"{p:.2f}" if p >= 0.1 else f"{float(f'{p:.2g}'):.9f}".rstrip("0"))
+
+
 def view(report: Dict) -> dict[str, Any]:
     """What the templates show beside the report itself: the sentence and the plots."""
     ladder = {row["system"]: row.get("metrics") or {} for row in report.get("ladder") or []}
     slices = {name: row.get("deltas") or {} for name, row in (report.get("slices") or {}).items()}
-    base = {m: f["value"] for m, f in ladder.get(BASELINE, {}).items() if extent([f])}
+    base = {m: f["value"] for m, f in ladder.get(baseline(report), {}).items() if extent([f])}
     limits = {metric: {"threshold": limit} for metric, limit in thresholds(report).items()}
     return {
         "verdict": verdict(report),
@@ -190,10 +213,11 @@ def verdict(report: Dict) -> str:
     share = f"{tally['met']} of {tally.total()} acceptance criteria met"
     criteria = ", ".join([share, *others]) if tally else "No acceptance criteria were set"
     figure = figure_text((report.get("metrics") or {}).get(HEADLINE))
-    system, deltas = next(reversed((report.get("deltas") or {"": {}}).items()))
-    against = f"no difference to {BASELINE} is known"
-    if extent([deltas.get(HEADLINE)]):
-        against = f"there {system} is {figure_text(deltas[HEADLINE], 'points')} over {BASELINE}"
+    system, reference = model_system(report), baseline(report)
+    over = (report.get("deltas") or {}).get(system) or {}
+    against = f"no difference to {reference} is known"
+    if extent([over.get(HEADLINE)]):
+        against = f"there {system} is {figure_text(over[HEADLINE], 'points')} over {reference}"
         for rule, gains in list((report.get("gains") or {}).items())[1:][-1:]:
             against += f" and {figure_text(gains.get(HEADLINE), 'points')} over {rule}"
     return f"{criteria}; {metric_name(HEADLINE)} is {figure}; {against}."
@@ -249,8 +273,8 @@ def _render(report: Dict, name: str, **options: Any) -> str:
         lstrip_blocks=True,
         **options,
     )
-    environment.globals.update(marks=MARKS, baseline=BASELINE, extent=extent, panel=panel)
-    for filter_ in (number, parts, figure_text, metric_name, basis, facts, picture):
+    environment.globals.update(marks=MARKS, baseline=baseline(report), extent=extent, panel=panel)
+    for filter_ in (number, parts, figure_text, metric_name, basis, facts, picture, p_text):
         environment.filters[filter_.__name__] = filter_
     return environment.get_template(name).render(report=report, view=view(report))
 
@@ -262,7 +286,8 @@ def render_html(report: Dict) -> str:
 
 def render_markdown(report: Dict) -> str:
     """The report as GitHub-flavoured Markdown, with every plot as its table."""
-    return _render(report, "report.md.j2", finalize=plain, keep_trailing_newline=True)
+    text = _render(report, "report.md.j2", finalize=plain, keep_trailing_newline=True)
+    return re.sub(r"\n{3,}", "\n\n", text)  # absent parts leave their blank lines
 
 
 def write_report(report: Dict, folder: str | os.PathLike[str]) -> Path:

@@ -76,8 +76,52 @@ def candidate(name: str, compliance: float, score: float, color: str, **more: An
     return found | {"score_low": score - 0.11, "score_high": score + 0.09, "conflicts": []} | more
 
 
+def comparison(metric: str, **more: Any) -> dict[str, Any]:
+    """One tested difference."""
+    row = {"system": "+Reranker", "reference": "CLIP-only", "metric": metric, "difference": fig(0.1234)}
+    tests = {"simultaneous": [0.02, 0.2], "p": 1 / 10001, "p_max_t": 0.0123, "p_holm": 0.34}
+    return row | tests | {"mcnemar": None, "detectable": 0.0456} | more
+
+
+def statistics() -> dict[str, Any]:
+    """The parts of a report about tests, calibration, risk and reasons."""
+    consistency = {"p": 1 / 1001, "p_by_query": 0.021, "expected": [0.019, 0.027], "resamples": 1000,
+                   "verdict": "miscalibrated"}  # fmt: skip
+    curve = [{"coverage": k / 4, "queries": 22 * k, "risk": fig(0.1 + 0.03 * k)} for k in range(1, 5)]
+    reason = {"reason": "colour mismatch that Step 4 did not see", "kind": "missed", "type": "colour",
+              "attribute": None, "count": 9, "regret": 4.2, "share": 0.7, "queries": ["q_0017"],
+              "fix": "Step 4 finds 41 % [35, 47] of them"}  # fmt: skip
+    return {
+        "baseline": "CLIP-only",
+        "model_system": "+Reranker",
+        "power": {"text": "90 queries show a true difference of 4.6 points"},
+        "comparisons": [{"family": "over CLIP-only", "hypotheses": 2, "resamples": 10000, "rows": [
+            comparison("compliance@1"),
+            comparison("conflict_rate@1", mcnemar={"better": 12, "worse": 3, "p": 0.035}, simultaneous=None),
+        ]}],
+        "consistency": consistency,
+        "bootstrap": {"queries": 90, "units": 90, "unit": "queries", "seed": 0, "resamples": 10000},
+        "score_calibration": {"reliability": bins(0.1), "ece": fig(0.023, 0.01), "n": 2700},
+        "risk_coverage": {"risk": "1 − Compliance@1", "confidence": "calibrated score", "curve": curve,
+                          "area": fig(0.17), "text": "On half of the queries the risk is 0.160."},
+        "failures": {"queries": 90, "with_regret": 12, "total_regret": 6.0, "mean_regret": 0.067,
+                     "reasons": [reason], "detection": [
+                         {"type": "colour", "reviewed": 100, "found": 41, "recall": [0.41, 0.35, 0.47],
+                          "accused": 0, "right": 0, "precision": None}]},
+        "seconds": {"scoring": 0.5, "statistics": 0.4},
+        "degenerate": ["2 queries without any gain (left out of nDCG)"],
+    }  # fmt: skip
+
+
 def sample() -> dict[str, Any]:
     """A full report of invented numbers."""
+    more = statistics()
+    calibrated = {"debiased_ece": fig(0.025, 0.02), "consistency": more.pop("consistency"),
+                  "smooth_ece": fig(0.029, ci=None, why="a point estimate")}  # fmt: skip
+    why = {"margin": 0.57,
+           "groups": [{"name": "so", "value": 1.1}, {"name": "clip", "value": -0.53}],
+           "attributes": [{"name": "color_delta_e", "value": 1.1, "shown": 12.3, "best": 40.0},
+                          {"name": "image_embedding", "value": -0.53}]}  # fmt: skip
     first = candidate("img_00412", 0.3, 0.71, "blue", conflicts=["color_mismatch"])
     first["attributes"]["glass"] = "coupe"
     ask = {"color": "pink", "glass": "coupe", "garnish": "flower"}
@@ -132,7 +176,8 @@ def sample() -> dict[str, Any]:
                     "auc": fig(0.912, 0.02),
                     "ece": fig(0.031, 0.012),
                     "brier": fig(0.088, 0.01),
-                    "reliability": bins(0.05),
+                    "reliability": [b | {"band": [b["low"], b["high"]]} for b in bins(0.05)],
+                    **calibrated,
                 },
                 "step 4": {
                     "auc": fig(0.843, 0.03),
@@ -162,8 +207,12 @@ def sample() -> dict[str, Any]:
                 "domain": "floral",
                 "regret": 0.6,
                 "constraints": ask,
-                "shown": first,
+                "shown": first | {"std": 0.021, "palette": ["#112233", "#aabbcc"]},
                 "best": candidate("img_00977", 0.9, 0.64, "pink"),
+                "reason": "colour mismatch that Step 4 did not see",
+                "within_uncertainty": True,
+                "violates": {"by_reviewer": ["colour_mismatch"], "by_step4": [], "asked": {"color": "pink"}},
+                "why": why,
             },
             {
                 "query": hostile,
@@ -195,6 +244,7 @@ def sample() -> dict[str, Any]:
             "epochs": 40,
         },
         "latency": {"p50_ms": fig(0.412, 0.02), "p95_ms": fig(0.655, 0.05), "engine": "JAX CPU"},
+        **more,
     }
 
 
@@ -290,11 +340,15 @@ def test_all_figures_appear_in_both_forms() -> None:
     units = {id(row["figure"]): row["unit"] for row in report["acceptance"]}
     units |= {id(f): "points" for f in figures(report["deltas"])}
     units |= {id(f): "points" for s in report["slices"].values() for f in figures(s["deltas"])}
+    units |= {id(f): "points" for f in figures(report["comparisons"])}
     units |= {id(f): "ms" for f in figures(report["latency"])}
     assert len(figures(report)) > 70
     for figure in figures(report):
         unit = units.get(id(figure), "")
         value, bounds, why = rendering.parts(figure, unit)
+        if why == "a point estimate":  # by its nature: the number alone is shown
+            assert value in page and value in text
+            continue
         assert f"{value} {bounds}".strip() in page and why in page
         assert rendering.figure_text(figure, unit) in text
 
@@ -309,6 +363,44 @@ def test_every_fact_criterion_notice_and_command_appears() -> None:
     assert [text for text in said if text not in page] == []
     assert "1 of 4 acceptance criteria met, 1 not met, 1 not decided, 1 not measured" in page
     assert "there +Reranker is +12.3 [+8.2, +16.4] pt over CLIP-only" in page
+
+
+def test_tests_calibration_risk_and_reasons_appear() -> None:
+    page, text = words(rendering.render_html(sample())), rendering.render_markdown(sample())
+    said = ["≤ 0.0001", "0.012", "0.34", "0.035", "4.6 pt", "[+2.0, +20.0] pt", "miscalibrated", "0.019",
+            "colour mismatch that Step 4 did not see", "Step 4 finds 41 % [35, 47] of them", "41 [35, 47] %",
+            "2 queries without any gain", "90 queries show a true difference of 4.6 points",
+            "On half of the queries the risk is 0.160", "25 %"]  # fmt: skip
+    assert [part for part in said if part not in page] == []
+    assert [part for part in said if part not in text] == []
+    for part in (
+        "12 up, 3 down",
+        "each score lies in the other’s interval",
+        "12.30 / 40.00",
+        "−0.53",
+        "by Step 4: nothing",
+    ):
+        assert part in page, part
+    assert "so +1.10, clip −0.53" in text
+
+
+def test_every_kind_of_interval_appears() -> None:
+    report = sample()
+    report["metrics"]["ndcg@10"] |= {"intervals": {"percentile": [0.811, 0.889], "bca": [0.812, 0.888]}}
+    page = words(rendering.render_html(report))
+    assert "[0.811, 0.889]" in page and "[0.812, 0.888]" in page and "bca" in page
+
+
+def test_colours_stand_in_for_a_picture_that_is_not_there() -> None:
+    page = rendering.render_html(sample())
+    assert '<span style="background: #112233"></span><span style="background: #aabbcc"></span>' in page
+    assert page.count("no picture in this page") == 3
+
+
+def test_the_baseline_is_the_reports_own() -> None:
+    report = sample() | {"baseline": "+SO"}
+    page = words(rendering.render_html(report))
+    assert "Differences to +SO" in page and "pt over +SO and" in page.replace("over +SO.", "over +SO and")
 
 
 def test_foreign_text_is_escaped() -> None:
