@@ -60,9 +60,9 @@ class Contender(NamedTuple):
 
 def main() -> None:
     """Scores, measures, writes the report."""
+    models = {folder: artifact.load(folder) for folder in dict.fromkeys(FLAGS.model)}
     passport = dataset.read_certificate(FLAGS.data)
     table = dataset.read(FLAGS.data, FLAGS.split)
-    models = {folder: artifact.load(folder) for folder in dict.fromkeys(FLAGS.model)}
     notices = [f"Data: {breach}." for breach in certificate.breaches(passport)]
     for folder, model in models.items():
         notices += _check_overlap(folder, model, table)

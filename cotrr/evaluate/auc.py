@@ -112,12 +112,15 @@ def pair_wins(items: Items, units: int) -> np.ndarray:
 
 def wins_without(items: Items, units: int) -> np.ndarray:
     """[U] float64 wins (ties ½) among the items of all other units: the jackknife of the AUC."""
+    items = items._replace(
+        negative=items.negative.astype(np.float64), positive=items.positive.astype(np.float64)
+    )
     below, above = np.cumsum(items.negative), items.positive.sum() - np.cumsum(items.positive)
     total = lambda weight: np.bincount(items.unit, weight, minlength=units)
     lost = total(items.positive * below) + total(items.negative * above)
     # Pairs inside a unit were counted from both sides.
     order = np.argsort(items.unit, kind="stable")
-    unit, negative = items.unit[order], items.negative[order].astype(np.float64)
+    unit, negative = items.unit[order], items.negative[order]
     before = np.r_[0.0, np.cumsum(np.bincount(unit, negative, minlength=units))][unit]
     inside = np.bincount(unit, items.positive[order] * (np.cumsum(negative) - before), minlength=units)
     return float(items.positive @ below) - lost + inside

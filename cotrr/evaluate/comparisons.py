@@ -6,6 +6,8 @@ from scipy.stats import binom
 
 from cotrr.evaluate.bootstrap import Draw, flipped_sums
 
+SAME = 1e-5  # deviations of the sum: sums of float32 metrics that are as close are equal
+
 
 def sign_flip(draw: Draw, differences: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Two-sided p-values [K] of differences [U, K] (NaN: no difference), single and by max-T.
@@ -18,7 +20,7 @@ def sign_flip(draw: Draw, differences: np.ndarray) -> tuple[np.ndarray, np.ndarr
     length = np.sqrt((values**2).sum(axis=0))
     scale = np.where(length > 0, length, 1.0)[:, None]
     drawn = np.abs(flipped_sums(draw, values)) / scale
-    reached = np.abs(values.sum(axis=0))[:, None] / scale * (1 - 1e-9)  # equal sums are equal
+    reached = np.abs(values.sum(axis=0))[:, None] / scale - SAME
     p = lambda null: (1 + (null >= reached).sum(axis=1)) / (draw.resamples + 1)
     return p(drawn), p(drawn.max(axis=0, keepdims=True, initial=0.0))
 

@@ -95,12 +95,14 @@ class Engine(NamedTuple):
             moved = shift / np.where(size > 0, size, np.nan)
             spread = np.maximum(square - 2 * moved * cross + moved**2 * size2, 0.0)
             own = factor[:, None] * np.sqrt(spread) / size
-            pivots = np.where(
-                own > 1e-12 * error[:, None], moved / own, np.where(moved == 0, np.nan, moved * np.inf)
-            )
+            # Below this the spread of a resample is what rounding to digits leaves of none.
+            none = 2.0**-16 * np.abs(residual).max(axis=0, initial=0.0) / np.sqrt(np.maximum(units, 1))
+            far = np.where(moved == 0, np.nan, moved * np.inf)
+            pivots = np.where(own > none[:, None], moved / own, far)
         jackknife = np.where(there, -residual / np.where(total - bottom > 0, total - bottom, np.nan), 0.0)
         parts = np.isin([stack("numerator"), stack("denominator")], (0.0, 1.0))
-        binary = np.logical_and.reduce(parts, axis=(0, 1))
+        shares = [ratio.bounds == (0, 1) for ratio in ratios]  # a difference may be 0 and 1 alone, too
+        binary = np.logical_and.reduce(parts, axis=(0, 1)) & np.array(shares)
         return Estimates(value, error, value[:, None] + moved, pivots,
                          intervals.acceleration(jackknife.T, there.T), units, total, binary)  # fmt: skip
 
@@ -118,8 +120,11 @@ class Engine(NamedTuple):
             "studentised": intervals.studentised(pivots, found.value, found.error),
             "wilson": _wilson(found),
         }
-        kinds = {name: np.clip(ends, *bounds) if name != "wilson" else ends for name, ends in kinds.items()}
-        edge = np.minimum(found.value, 1 - found.value) * found.count < EDGE
+        # An infinite end is no interval, whatever the bounds.
+        kinds = {
+            name: np.where(np.isfinite(ends), np.clip(ends, *bounds), np.nan) for name, ends in kinds.items()
+        }
+        edge = np.minimum(found.value, 1 - found.value) * found.count < EDGE - 0.5  # counts are whole
         undefined = self.resamples - drawn.defined
         return [
             self._figure(

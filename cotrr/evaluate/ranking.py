@@ -18,7 +18,7 @@ METRICS = (
     *("ndcg@10", "ndcg_y@10"),
     *(f"conflict_rate@{k}" for k in (1, 3, 5)),
 )
-LEVELS = np.arange(1, 11) / 10  # shares of the queries in the risk–coverage curve
+NOISE = 1e-6  # of a metric in float32
 
 
 class System(NamedTuple):
@@ -122,13 +122,19 @@ def _measured(
         for name, by_metric in values.items():
             ratios["value", name, metric] = mean(by_metric[metric], (0, 1))
         for a, b in sorted(pairs):
-            ratios["difference", a, b, metric] = mean(values[a][metric] - values[b][metric], (-1, 1))
+            ratios["difference", a, b, metric] = mean(_apart(values, a, b, metric), (-1, 1))
         for domain, here in inside.items():
             ratios["slice", domain, metric] = mean(values[model][metric] * here, (0, 1))
-            apart = values[model][metric] - values[baseline][metric]
+            apart = _apart(values, model, baseline, metric)
             ratios["slice difference", domain, metric] = mean(apart * here, (-1, 1))
     estimates = engine.estimate(list(ratios.values()))
     return Measured(ratios, estimates, engine.figures(list(ratios.values()), estimates))
+
+
+def _apart(values: dict[str, dict[str, np.ndarray]], a: str, b: str, metric: str) -> np.ndarray:
+    """[Q] by how much system a is ahead of b; what float32 may make of the same order is no difference."""
+    apart = values[a][metric] - values[b][metric]
+    return np.where(np.abs(apart) < NOISE, 0.0, apart)
 
 
 def _family(
@@ -139,7 +145,7 @@ def _family(
 ) -> dict[str, Any]:
     """Paired differences that are tested together: every metric of every pair."""
     hypotheses = [(a, b, metric) for a, b in pairs for metric in METRICS]
-    differences = [values[a][metric] - values[b][metric] for a, b, metric in hypotheses]
+    differences = [_apart(values, *path) for path in hypotheses]
     stacked = np.nan_to_num(np.stack(differences, axis=1))
     single, joint = comparisons.sign_flip(engine.draw, engine.by_unit(stacked))
     held, at = comparisons.holm(single), [measured.row("difference", *path) for path in hypotheses]
@@ -149,10 +155,11 @@ def _family(
         figure = measured.figures[at[i]]
         centre, error = measured.estimates.value[at[i]], measured.estimates.error[at[i]]
         zero_one = all(np.isin(values[name][metric], (0, 1)).all() for name in (a, b))
-        ends = np.clip([centre - factor * error, centre + factor * error], -1, 1)
+        told = figure["ci"] and np.isfinite(factor)
         rows.append({
             "system": a, "reference": b, "metric": metric, "difference": figure,
-            "simultaneous": ends.tolist() if figure["ci"] and np.isfinite(factor) else None,
+            "simultaneous": np.clip([centre - factor * error, centre + factor * error], -1, 1).tolist()
+            if told else None,
             "p": float(single[i]), "p_max_t": float(joint[i]), "p_holm": float(held[i]),
             "mcnemar": comparisons.mcnemar(differences[i])
             if zero_one and engine.unit_name == "queries" else None,
@@ -166,7 +173,8 @@ HEADLINES = {"compliance@1": "Compliance@1", "ndcg@10": "nDCG@10"}
 
 def power(ranked: dict[str, Any], queries: int) -> dict[str, Any]:
     """What so many queries could have shown of the model against the baseline, in one sentence."""
-    rows = [row for family in ranked["comparisons"][:1] for row in family["rows"]]
+    tested = f"over {ranked['baseline']}"
+    rows = [row for family in ranked["comparisons"] if family["family"] == tested for row in family["rows"]]
     found = {row["metric"]: row["detectable"] for row in rows if row["system"] == ranked["model_system"]}
     told = [f"{100 * found[m]:.1f} points in {name}" for m, name in HEADLINES.items() if found.get(m)]
     if not told:
@@ -181,21 +189,23 @@ def risk_coverage(engine: Engine, logit: np.ndarray, score: np.ndarray, lists: L
     `logit` [Q, n] orders candidates, `score` [Q, n] is the expected label of each (El-Yaniv & Wiener 2010).
     """
     risk = 1 - per_query(logit, lists)["compliance@1"]
+    known = ~np.isnan(risk)
     shown = np.where(lists.labelled, logit, -np.inf).argmax(axis=1)
     confidence = np.take_along_axis(score, shown[:, None], axis=1)[:, 0]
-    place = np.argsort(np.argsort(-confidence, kind="stable"), kind="stable")
-    kept = [(place < np.ceil(level * len(risk))).astype(float) for level in LEVELS]
-    weight = np.mean([k / k.sum() for k in kept], axis=0)
-    ratios = [Ratio(risk * k, k, (0, 1)) for k in (*kept, weight)]
+    place = np.argsort(np.argsort(np.where(known, -confidence, np.inf), kind="stable"), kind="stable")
+    kept = [(place < -(-level * known.sum() // 10)).astype(float) for level in range(1, 11)]
+    weight = np.mean([k / max(k.sum(), 1) for k in kept], axis=0)
+    ratios = [Ratio(np.where(k > 0, risk, 0.0) * k, k, (0, 1)) for k in (*kept, weight)]
     *curve, area = engine.figures(ratios)
     half, whole = curve[len(curve) // 2 - 1], curve[-1]
     return {
         "risk": "1 − Compliance@1",
         "confidence": "calibrated score of the shown candidate",
-        "curve": [{"coverage": float(level), "queries": int(k.sum()), "risk": figure}
-                  for level, k, figure in zip(LEVELS, kept, curve, strict=True)],
-        "area": area | {"n": len(risk)},
-        "text": f"On the half of the queries that the model is surest of, the risk is {half['value']:.3f}; "
+        "curve": [{"coverage": level / 10, "queries": int(k.sum()), "risk": figure}
+                  for level, (k, figure) in enumerate(zip(kept, curve, strict=True), 1)],
+        "area": area | {"n": int(known.sum())},
+        "text": "" if half["value"] is None else
+                f"On the half of the queries that the model is surest of, the risk is {half['value']:.3f}; "
                 f"on all of them {whole['value']:.3f}.",
     }  # fmt: skip
 
