@@ -214,12 +214,12 @@ class TestFalseAlarms:
 
     def test_of_a_family(self):
         rng, alarms = np.random.default_rng(2), {"single": 0, "max-T": 0, "Holm": 0}
-        for _ in range(600):
+        for _ in range(400):
             differences = 0.7 * self.skewed(rng, (50, 1)) + 0.7 * self.skewed(rng, (50, 10))
             single, joint = comparisons.sign_flip(Draw(1, 500, 50), differences)
             for name, p in (("single", single), ("max-T", joint), ("Holm", comparisons.holm(single))):
                 alarms[name] += (p <= 0.05).any()
-        rates = {name: count / 600 for name, count in alarms.items()}
+        rates = {name: count / 400 for name, count in alarms.items()}
         assert rates["single"] > 0.15  # why families are adjusted for
         assert 0.03 < rates["max-T"] < 0.07
         assert rates["Holm"] <= rates["max-T"]  # which does not know of the correlation

@@ -313,13 +313,13 @@ class TestConsistency:
         """Where outcomes of a query hang together only the test by query keeps its promise."""
         rng, alarms = np.random.default_rng(3), {}
         for together in (False, True):
-            for _ in range(120):
-                found = consistency(judged(rng, together=together), resamples=200)
+            for _ in range(60):
+                found = consistency(judged(rng, candidates=10, together=together), resamples=200)
                 for kind in ("p", "p_by_query"):
                     alarms.setdefault((together, kind), []).append(found[kind] < 0.05)
         rate = {case: np.mean(told) for case, told in alarms.items()}
-        assert rate[False, "p"] < 0.11 and rate[False, "p_by_query"] < 0.11
-        assert rate[True, "p_by_query"] < 0.11 < 0.5 < rate[True, "p"]
+        assert rate[False, "p"] < 0.12 and rate[False, "p_by_query"] < 0.12
+        assert rate[True, "p_by_query"] < 0.12 < 0.5 < rate[True, "p"]
 
     def test_intervals_of_the_errors_hold_the_truth(self):
         """Of p against p^1.3: about .075 in bins, .084 as a root mean square; nominal .95, at least .85."""
@@ -350,7 +350,7 @@ class TestAuc:
 
         everyone = items(np.random.default_rng(5), 20_000)
         truth, held = roc_auc_score(everyone.outcome, everyone.probability), {"query": [], "candidate": []}
-        for k in range(120):
+        for k in range(80):
             rows = items(np.random.default_rng([6, k]), 25)
             alone = rows._replace(query=np.arange(500))
             for name, part in (("query", rows), ("candidate", alone)):

@@ -371,6 +371,11 @@ class TestPower:
         assert "cannot say" in text and "points" not in text
 
 
+def risk_of_half(found):
+    """The risk at half coverage."""
+    return found["curve"][4]["risk"]["value"]
+
+
 class TestRiskCoverage:
     def test_by_hand(self):
         # Shown candidates have compliance .9, .2, .5, .6; the second is the surest, then 4, 1, 3.
@@ -406,12 +411,13 @@ class TestRiskCoverage:
         assert found["curve"][0]["risk"]["ci"]  # of 4 queries, as FEWEST is 2 here
 
     def test_padding_is_never_shown(self):
+        """Here it would be the highest and the surest of all."""
         where = np.array([[True, False], [True, True]] * 6)
-        lists = make_lists(np.full((12, 2), 0.5), where=where)
-        logit = np.tile([0.0, 9.0], (12, 1))
-        score = np.where(where, 0.3, 9.0)
-        found = ranking.risk_coverage(engine(12, 0, B), logit, score, lists)
-        assert {point["risk"]["value"] for point in found["curve"]} == {0.5}
+        lists = make_lists(np.tile([[0.5], [0.9]], (6, 2)), where=where)
+        logit, score = np.tile([0.0, -1.0], (12, 1)), np.tile([[0.3], [0.7]], (6, 2))
+        logit[~where] = score[~where] = 9.0
+        found = risk_of_half(ranking.risk_coverage(engine(12, 0, B), logit, score, lists))
+        assert found == pytest.approx(0.1)
 
     def test_queries_without_a_label_are_left_out(self):
         """They have no shown candidate; nor has compliance a value where only conflicts are judged."""
@@ -432,10 +438,12 @@ def test_counts():
     where = np.array([[1, 1, 1], [1, 1, 0], [1, 0, 0], [1, 1, 1], [0, 0, 0]], bool)
     lists = make_lists(compliance, where=where)
     flat, clear = np.zeros((5, 3)), np.tile(np.arange(3.0), (5, 1))
-    systems = [System("flat", "", flat), System("clear", "", clear), System("none", "", None)]
+    behind = np.tile([0.0, 0.0, 1.0], (5, 1))  # query 0 is tied below its best
+    named = {"flat": flat, "clear": clear, "behind": behind, "none": None}
+    systems = [System(name, "", scores) for name, scores in named.items()]
     found = ranking.counts(systems, lists)
     # Query 1 is tied among equals, query 2 is alone, query 3 is tied among equals, query 4 has no labels.
-    assert found["ties"] == {"flat": 1, "clear": 0}
+    assert found["ties"] == {"flat": 1, "clear": 0, "behind": 1}
     assert list(found["skipped"].values()) == [1, 1]
     assert "without any gain" in next(iter(found["skipped"]))
 
