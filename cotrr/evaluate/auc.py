@@ -99,14 +99,25 @@ def _win_chunk(
 def pair_wins(items: Items, units: int) -> np.ndarray:
     """[U, U] float64 wins of the positives of one unit over the negatives of another.
 
-    The weighted wins are a quadratic form of the counts with this matrix.
+    The weighted wins are a quadratic form of the counts with this matrix.  Below a block of items
+    whole histograms are multiplied; inside it pairs are counted.
     """
-    won = np.zeros((units, units))
-    positive = items.positive > 0
-    mine = items.unit[positive]
-    for other in range(units):
-        below = np.cumsum(np.where(items.unit == other, items.negative, 0.0))
-        won[:, other] = np.bincount(mine, below[positive], minlength=units)
+    pad = -len(items.unit) % UNROLLED
+    unit, negative, positive = (
+        np.pad(part, (0, pad)).reshape(-1, UNROLLED).astype(np.float64) for part in items
+    )
+    unit = unit.astype(np.int64)
+    place = np.arange(len(unit))[:, None] * units + unit
+    of = lambda weight: np.bincount(place.ravel(), weight.ravel(), len(unit) * units).reshape(-1, units)
+    negatives = of(negative)
+    won = of(positive).T @ (np.cumsum(negatives, axis=0) - negatives)
+    earlier = np.tri(UNROLLED)
+    for start in range(0, len(unit), 256):  # so that the pairs of few blocks are held at once
+        u, n, p = (part[start : start + 256] for part in (unit, negative, positive))
+        pairs = (p[:, :, None] * n[:, None] * earlier[None]).ravel()
+        won += np.bincount((u[:, :, None] * units + u[:, None]).ravel(), pairs, units**2).reshape(
+            units, units
+        )
     return won
 
 

@@ -40,15 +40,22 @@ def _measure(scores, compliance, y, conflict, where):
         "ndcg@10": gain(compliance),
         "ndcg_y@10": gain(y),
         **{f"conflict_rate@{k}": at(conflict, k=k) for k in (1, 3, 5)},
+        "ties": metrics.depends_on_ties(scores, compliance, where=where, k=10),
     }
 
 
-def per_query(scores: np.ndarray, lists: Lists) -> dict[str, np.ndarray]:
-    """[Q] values of every ranking metric; NaN where it is undefined for a query."""
+def measure(scores: np.ndarray, lists: Lists) -> dict[str, np.ndarray]:
+    """[Q] values of METRICS (NaN where undefined), and `ties`: whether they decide the first ten."""
     where = lists.labelled
     zero = lambda values: np.where(where, values, 0.0).astype(np.float32)
     values = _measure(zero(scores), zero(lists.compliance), zero(lists.y), zero(lists.conflict), where)
     return {name: np.asarray(value, np.float64) for name, value in values.items()}
+
+
+def per_query(scores: np.ndarray, lists: Lists) -> dict[str, np.ndarray]:
+    """[Q] values of every ranking metric; NaN where it is undefined for a query."""
+    values = measure(scores, lists)
+    return {name: values[name] for name in METRICS}
 
 
 class Measured(NamedTuple):
@@ -214,12 +221,11 @@ def counts(systems: list[System], lists: Lists) -> dict[str, Any]:
     """What is left out of the metrics, and the queries whose top 10 depend on tied scores."""
     where = lists.labelled
     labels = np.where(where, lists.compliance, 0.0)
-    tied = jax.jit(jax.vmap(partial(metrics.depends_on_ties, k=10)))
     return {
         "skipped": {
             "without any gain (left out of nDCG)": int((where.any(axis=1) & ~(labels > 0).any(axis=1)).sum()),
             "with a single labelled candidate (kept)": int((where.sum(axis=1) == 1).sum()),
         },
-        "ties": {s.name: int(tied(s.scores.astype(np.float32), labels, where=where).sum())
+        "ties": {s.name: int(measure(s.scores, lists)["ties"].sum())
                  for s in systems if s.scores is not None},
     }  # fmt: skip

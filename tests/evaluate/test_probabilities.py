@@ -319,7 +319,7 @@ class TestConsistency:
                     alarms.setdefault((together, kind), []).append(found[kind] < 0.05)
         rate = {case: np.mean(told) for case, told in alarms.items()}
         assert rate[False, "p"] < 0.12 and rate[False, "p_by_query"] < 0.12
-        assert rate[True, "p_by_query"] < 0.12 < 0.5 < rate[True, "p"]
+        assert rate[True, "p_by_query"] < 0.12 < 0.3 < rate[True, "p"]
 
     def test_intervals_of_the_errors_hold_the_truth(self):
         """Of p against p^1.3: about .075 in bins, .084 as a root mean square; nominal .95, at least .85."""
