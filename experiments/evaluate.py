@@ -60,6 +60,8 @@ class Contender(NamedTuple):
 
 def main() -> None:
     """Scores, measures, writes the report."""
+    if (pathlib.Path(FLAGS.output) / "config.json").exists():  # its TensorBoard logs would be replaced
+        raise InputError("this is a training folder", file=FLAGS.output, remedy="Name another --output")
     models = {folder: artifact.load(folder) for folder in dict.fromkeys(FLAGS.model)}
     passport = dataset.read_certificate(FLAGS.data)
     table = dataset.read(FLAGS.data, FLAGS.split)

@@ -124,6 +124,8 @@ def test_models_are_compared_on_the_same_resamples(road):
     assert "expected clip" in launch(*call, "--baseline=nothing", fails=2)
     assert "each query needs one value" in launch(*call, "--cluster_by=canonical_id", fails=2)
     assert "no such column" in launch(*call, "--cluster_by=session", fails=2)
+    assert "training folder" in launch(*call, f"--output={road / 'model'}", fails=2)
+    assert any((road / "model" / "tensorboard").iterdir())
 
 
 def test_the_figures_go_to_tensorboard(road):

@@ -79,6 +79,16 @@ class TestIndex:
             np.testing.assert_array_equal(found, bootstrap._index(np, self.edges, units))
 
 
+def test_a_seed_draws_the_same_in_every_version():
+    """A report tells its seed, so that its figures can be had again."""
+    assert bootstrap.counts(np, 0, np.arange(2), 12).tolist() == [
+        [0, 1, 1, 1, 2, 2, 1, 0, 0, 1, 2, 1],
+        [0, 1, 2, 0, 0, 2, 0, 1, 2, 1, 1, 2],
+    ]
+    assert bootstrap.counts(np, 7, np.array([10**6]), 12).tolist() == [[2, 0, 1, 1, 3, 0, 1, 1, 0, 2, 1, 0]]
+    assert bootstrap.flips(np, 0, np.arange(1), 12).tolist() == [[1, 0, 1, 1, 0, 0, 0, 1, 0, 1, 0, 1]]
+
+
 class TestCounts:
     @pytest.mark.parametrize("units", [1, 2, 25, 26, *UNITS, 5000])
     def test_every_replicate_draws_as_many_units_as_there_are(self, units):
@@ -275,7 +285,7 @@ class TestSums:
         assert found.dtype == np.float64
         assert found.T.astype(np.int64).tolist() == expected.tolist()
 
-    @pytest.mark.parametrize("units", [12, 400, bootstrap.BLOCK + 904])
+    @pytest.mark.parametrize("units", [12, 400, 5 * bootstrap.BLOCK - 480])  # sums beyond 2^24
     def test_equal_those_of_float64_and_backends_agree_in_every_bit(self, units):
         values = values_of(units)
         found, by_jax = (bootstrap.weighted_sums(Draw(2, 96, units, b), values) for b in ("numpy", "jax"))

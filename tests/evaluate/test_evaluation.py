@@ -26,9 +26,10 @@ def lists():
 
 @pytest.fixture(scope="module")
 def scored():
-    """A model's scores: their order is that of the logits."""
-    logit = np.random.default_rng(2).normal(size=(Q, N))
-    score = 1 / (1 + np.exp(-logit))
+    """A model's scores; of one query their order is that of the logits, of several it is not."""
+    rng = np.random.default_rng(2)
+    logit = rng.normal(size=(Q, N))
+    score = 1 / (1 + np.exp(rng.normal(size=(Q, 1)) - logit))
     return Scored(score, np.full((Q, N), 0.1), score - 0.2, score + 0.2, np.clip(score + 0.1, 0, 1), logit)
 
 

@@ -156,6 +156,16 @@ class TestSharing:
         assert ENGINE.figures(ratios, ENGINE.estimate(ratios)) == together
         assert ENGINE.figures([]) == []
 
+    def test_metrics_that_agree_but_once_are_told_apart(self):
+        values = np.random.default_rng(0).beta(4, 1, U)
+        other, fewer = values.copy(), values.copy()
+        other[-1], fewer[-1] = 0.0, np.nan
+        together = ENGINE.figures([mean(values), mean(other), mean(fewer)])
+        for found, part in zip(together, (values, other, fewer), strict=True):
+            expected = [np.nanmean(part[rows]) for rows in resamples(ENGINE)]
+            ends = np.percentile(expected, [2.5, 97.5])
+            np.testing.assert_allclose(found["intervals"]["percentile"], ends, atol=1e-9)
+
     def test_differences_are_paired(self):
         a, b = values_of(), values_of(seed=4)
         estimates = ENGINE.estimate([mean(a), mean(b), mean(a - b)])
@@ -270,7 +280,9 @@ class TestShown:
     def test_rounding_noise_is_no_variation(self):
         values = np.full(30, 0.1)
         values[::2] += 1e-16
-        assert self.of(values)["ci"] is None
+        figure = self.of(values)
+        assert (figure["ci"], figure["error"]) == (None, 0)
+        assert np.isnan(engine(30, 0, B).estimate([mean(values)]).pivots).all()
 
     @pytest.mark.parametrize(
         ("values", "bounds"),
@@ -279,10 +291,12 @@ class TestShown:
     )  # fmt: skip
     def test_nearly_constant_metric_is_not_said_to_be_unknown(self, values, bounds):
         """Resamples without the exceptions have no deviation of their own, and so no pivot to go by."""
-        figure = self.of(values, bounds)
-        low, high = figure["ci"]
-        assert low <= figure["value"] <= high
-        assert high - low < 12 * figure["error"]
+        for resamples in (B, 201):  # of 201, quantiles are single values: they may be infinite
+            figure = engine(50, 0, resamples).figures([mean(values, bounds)])[0]
+            check_figures(figure)
+            low, high = figure["ci"]
+            assert low <= figure["value"] <= high
+            assert high - low < 12 * figure["error"]
 
     def test_bounds_clip_all_intervals(self):
         values = np.r_[np.ones(18), 0.1, 0.2]

@@ -252,6 +252,16 @@ class TestReliability:
         gaps = [r["n"] * abs(r["predicted"] - r["observed"]) for r in found["reliability"] if r["n"]]
         assert found["ece"]["value"] == pytest.approx(sum(gaps) / len(p), abs=1e-9)
 
+    def test_interval_of_a_bin_rests_on_its_queries(self, monkeypatch):
+        """Not on its candidates: the first bin has 27 of 9 queries, the last 30 of 10."""
+        monkeypatch.setattr(figures, "FEWEST", 10)
+        query = np.r_[np.repeat(np.arange(9), 3), np.repeat(np.arange(10), 3)]
+        p = np.r_[np.full(27, 0.02), np.full(30, 0.97)]
+        rows = Judged(query, p, (np.random.default_rng(0).random(57) < 0.5).astype(float))
+        found = probabilities.calibrated(ENGINE, rows)["reliability"]
+        assert (found[0]["n"], found[0]["ci"]) == (27, None)
+        assert found[14]["n"] == 30 and found[14]["ci"]
+
     def test_band_is_that_of_the_simulation(self, lists, probability, rows):
         found = one(ENGINE, probability, lists)["reliability"]
         band = calibration.simulate(rows.probability, ENGINE.seed).band
@@ -315,6 +325,7 @@ class TestConsistency:
         for together in (False, True):
             for _ in range(60):
                 found = consistency(judged(rng, candidates=10, together=together), resamples=200)
+                assert (found["verdict"] == "miscalibrated") == (found["p_by_query"] < 0.05)
                 for kind in ("p", "p_by_query"):
                     alarms.setdefault((together, kind), []).append(found[kind] < 0.05)
         rate = {case: np.mean(told) for case, told in alarms.items()}
