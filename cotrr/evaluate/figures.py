@@ -86,25 +86,18 @@ class Engine(NamedTuple):
         there = bottom > 0
         units = there.sum(axis=0)
         factor = np.sqrt(units / np.maximum(units - 1, 1))
-        over = lambda a, b: a / np.where(b > 0, b, np.nan)
-        error = over(factor * np.sqrt((residual**2).sum(axis=0)), total)
-
+        defined = np.where(total > 0, total, np.nan)
+        error = factor * np.sqrt((residual**2).sum(axis=0)) / defined
+        # What rounding to digits may leave of a spread of none.
+        noise = 2.0**-16 * np.abs(residual).max(axis=0, initial=0.0) / np.sqrt(np.maximum(units, 1))
         parts = (residual, residual**2, residual * bottom, bottom, bottom**2)
-        shift, square, cross, size, size2 = _distinct_sums(self.draw, parts)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            moved = shift / np.where(size > 0, size, np.nan)
-            spread = np.maximum(square - 2 * moved * cross + moved**2 * size2, 0.0)
-            own = factor[:, None] * np.sqrt(spread) / size
-            # Below this the spread of a resample is what rounding to digits leaves of none.
-            none = 2.0**-16 * np.abs(residual).max(axis=0, initial=0.0) / np.sqrt(np.maximum(units, 1))
-            far = np.where(moved == 0, np.nan, moved * np.inf)
-            pivots = np.where(own > none[:, None], moved / own, far)
-        jackknife = np.where(there, -residual / np.where(total - bottom > 0, total - bottom, np.nan), 0.0)
-        parts = np.isin([stack("numerator"), stack("denominator")], (0.0, 1.0))
-        shares = [ratio.bounds == (0, 1) for ratio in ratios]  # a difference may be 0 and 1 alone, too
-        binary = np.logical_and.reduce(parts, axis=(0, 1)) & np.array(shares)
-        return Estimates(value, error, value[:, None] + moved, pivots,
-                         intervals.acceleration(jackknife.T, there.T), units, total, binary)  # fmt: skip
+        moved, pivots = _moves_and_pivots(_distinct_sums(self.draw, parts), factor[:, None], noise[:, None])
+        rest = np.where(total - bottom > 0, total - bottom, np.nan)
+        jackknife = np.where(there, -residual / rest, 0.0)
+        return Estimates(
+            value, error, value[:, None] + moved, pivots, intervals.acceleration(jackknife.T, there.T),
+            units, total, np.array([_is_binary(ratio) for ratio in ratios]),
+        )  # fmt: skip
 
     def figures(self, ratios: list[Ratio], estimates: Estimates | None = None) -> list[Figure]:
         """The ratios as figures: studentised by default, Wilson for a 0/1 metric near its edge."""
@@ -215,6 +208,29 @@ class Engine(NamedTuple):
 
     def _name(self, kind: str) -> str:
         return "Wilson" if kind == "wilson" else f"{kind} bootstrap over {self.unit_name}"
+
+
+def _is_binary(ratio: Ratio) -> bool:
+    """Whether it is a mean of zeros and ones; a difference may happen to be one, and is not."""
+    zero_one = lambda values: np.isin(values, (0.0, 1.0)).all()
+    return bool(ratio.bounds == (0, 1) and zero_one(ratio.numerator) and zero_one(ratio.denominator))
+
+
+def _moves_and_pivots(
+    sums: list[np.ndarray], factor: np.ndarray, noise: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """[R, B] by how much each resample moves a ratio, and that in its own standard errors.
+
+    From the resampled sums of residuals e and denominators d: Σe, Σe², Σed, Σd, Σd².  A resample
+    without spread is infinitely far from where it is not.
+    """
+    shift, square, cross, size, size2 = sums
+    with np.errstate(invalid="ignore", divide="ignore"):
+        moved = shift / np.where(size > 0, size, np.nan)
+        spread = np.maximum(square - 2 * moved * cross + moved**2 * size2, 0.0)
+        own = factor * np.sqrt(spread) / size
+        far = np.where(moved == 0, np.nan, moved * np.inf)
+        return moved, np.where(own > noise, moved / own, far)
 
 
 def engine(
