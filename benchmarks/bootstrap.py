@@ -85,6 +85,8 @@ def means(queries: int, candidates: int, resamples: int) -> dict[str, float]:
         found["scipy_mb"] = peak_mb(lambda: scipy("percentile"))
         if queries <= 3000:  # its jackknife needs a matrix of queries × queries for each metric
             found["scipy BCa"] = median_ms(lambda: scipy("BCa"), 3)
+            kinds = ("percentile", "basic", "BCa")
+            found["scipy, all three kinds"] = median_ms(lambda: [scipy(kind) for kind in kinds], 3)
     return found
 
 
@@ -128,7 +130,9 @@ def paired_test(queries: int, candidates: int, resamples: int) -> dict[str, floa
 
         control = np.random.default_rng(2).random(queries)
         treatment = control + apart[:, 0]
-        found["ranx Fisher"] = median_ms(lambda: fisher_randomization_test(control, treatment, resamples), 3)
+        fisher = lambda: fisher_randomization_test(control, treatment, resamples)
+        found["ranx Fisher, one metric"] = median_ms(fisher, 3)
+        found["ranx Fisher, four"] = median_ms(lambda: [fisher() for _ in range(4)], 3)
     return found
 
 

@@ -101,6 +101,8 @@ def debiased_ece(engine: Engine, judged: Judged) -> Figure:
     square = float(calibration.debiased_square(bins.sums.sum(axis=0)))
     drawn = calibration.debiased_square(bins.drawn)
     found = engine.statistic(square, drawn, len(judged.query), _units(bins), "centred", (-1, 1))
+    if found["ci"] and found["ci"][1] <= 0:  # not [0, 0], which would claim certainty
+        found |= {"ci": None, "why": "less than chance adds, at both ends of the interval"}
     root = lambda ends: np.sqrt(np.maximum(ends, 0.0)).tolist()
     kinds = {kind: root(ends) for kind, ends in found["intervals"].items()}
     return found | {"value": root(square), "ci": found["ci"] and root(found["ci"]), "intervals": kinds}

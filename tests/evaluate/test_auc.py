@@ -164,6 +164,12 @@ def test_scan_is_exact_over_many_candidates():
     assert found.min() > 2**32  # far more than float32 could count
 
 
+def test_quadratic_form_is_exact_over_many_candidates():
+    unit, score, positive, wins = many(100, 40_000)
+    items, draw = auc.sort_items(unit, score, positive), Draw(2, 5, 100, "numpy")
+    assert auc.weighted_wins(draw, items).tolist() == [wins(row[unit]) for row in counts(draw)]
+
+
 def test_jackknife_is_exact_over_many_candidates():
     unit, score, positive, wins = many(3000, 200_000)
     found = auc.wins_without(auc.sort_items(unit, score, positive), 3000)

@@ -15,12 +15,11 @@ from hypothesis import strategies as st
 from jax.extend.random import threefry_2x32
 from scipy import stats
 
-import cotrr
 from cotrr.evaluate import auc, bootstrap
 from cotrr.evaluate.bootstrap import Draw
 
 few = settings(max_examples=100, deadline=None, derandomize=True, database=None)
-ROOT = pathlib.Path(cotrr.__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 UNITS = (12, 60, 400)  # all drawn one by one; mostly one by one; mostly Poisson
 B = 4096
 

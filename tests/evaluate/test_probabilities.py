@@ -429,3 +429,13 @@ class TestScoreCalibration:
         held = probabilities.coverage(ENGINE, lists.y, lists.y, unlabelled)
         check_figures(held)
         assert held["coverage"]["value"] is held["width"]["value"] is None
+
+
+def test_outcomes_more_even_than_chance_have_no_interval_of_nothing():
+    rng = np.random.default_rng(0)
+    positives = 10 + rng.integers(-1, 2, size=60)  # of 20 with p = ½: by chance they would vary far more
+    outcome = (np.arange(20) < positives[:, None]).astype(float).ravel()
+    judged = probabilities.Judged(np.repeat(np.arange(60), 20), np.full(1200, 0.5), outcome)
+    figure = probabilities.debiased_ece(figures.engine(60, 0, 500), judged)
+    assert (figure["value"], figure["ci"]) == (0.0, None)
+    assert "less than chance" in figure["why"]
