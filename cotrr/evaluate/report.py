@@ -200,6 +200,7 @@ def view(report: Dict) -> dict[str, Any]:
     limits = {metric: {"threshold": limit} for metric, limit in thresholds(report).items()}
     return {
         "verdict": verdict(report),
+        "models": {m["system"]: f"{m['path']} ({m['version']})" for m in report.get("models") or []},
         "deltas": panels(report.get("deltas") or {}, limits, shared=True),
         "ladder": panels(ladder, {metric: {"baseline": value} for metric, value in base.items()}),
         "slices": panels(slices, limits, shared=True),

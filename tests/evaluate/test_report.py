@@ -94,6 +94,8 @@ def statistics() -> dict[str, Any]:
     return {
         "baseline": "CLIP-only",
         "model_system": "+Reranker",
+        "models": [{"system": "+Reranker", "path": "checkpoints/v1", "version": "v1-0123"},
+                   {"system": "+Reranker v2", "path": "checkpoints/v2", "version": "v2-4567"}],
         "power": {"text": "90 queries show a true difference of 4.6 points"},
         "comparisons": [{"family": "over CLIP-only", "hypotheses": 2, "resamples": 10000, "rows": [
             comparison("compliance@1"),
@@ -370,7 +372,7 @@ def test_tests_calibration_risk_and_reasons_appear() -> None:
     said = ["≤ 0.0001", "0.012", "0.34", "0.035", "4.6 pt", "[+2.0, +20.0] pt", "miscalibrated", "0.019",
             "colour mismatch that Step 4 did not see", "Step 4 finds 41 % [35, 47] of them", "41 [35, 47] %",
             "2 queries without any gain", "90 queries show a true difference of 4.6 points",
-            "On half of the queries the risk is 0.160", "25 %"]  # fmt: skip
+            "On half of the queries the risk is 0.160", "25 %", "checkpoints/v2 (v2-4567)"]  # fmt: skip
     assert [part for part in said if part not in page] == []
     assert [part for part in said if part not in text] == []
     for part in (
