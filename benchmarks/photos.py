@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
+from benchmarks import peers
 from cotrr import files
 from cotrr.config import dataclass_from_flags, flags_from_dataclass, launch
 from cotrr.data import dataset, runs
@@ -38,8 +39,10 @@ def define_flags() -> None:
     flags.DEFINE_string("input", None, "Run folder.")
     flags.DEFINE_string("output", None, "JSON file for the figures.")
     flags.DEFINE_integer("outer_folds", 3, "Folds of pictures and of queries.", lower_bound=2)
+    flags.DEFINE_float("compliance_weight", 0.7, "λ of the label that our model learns (peers: compliance).")
     flags.DEFINE_string("salt", "photos", "Key of the outer folds: another salt, other folds.")
     flags.DEFINE_bool("quick", False, "Two outer folds and ten epochs.")
+    flags.DEFINE_bool("peers", False, "Boosted trees too, with the same folds (benchmarks/requirements.txt).")
     flags_from_dataclass(TrainConfig)
     flags.mark_flag_as_required("input")
 
@@ -65,13 +68,16 @@ def main() -> None:
     config, outer = dataclass_from_flags(TrainConfig), FLAGS.outer_folds
     if FLAGS.quick:
         config, outer = dataclasses.replace(config, epochs=10, patience=10), 2
-    table, _ = dataset.prepare(runs.read_run(FLAGS.input).table, (1.0, 0.0, 0.0), 0.7, "", "strict")
+    table, _ = dataset.prepare(
+        runs.read_run(FLAGS.input).table, (1.0, 0.0, 0.0), FLAGS.compliance_weight, "", "strict"
+    )
     lists = to_lists(table)
     canonical_id = np.where(lists.where, table["canonical_id"].to_numpy(zero_copy_only=False)[lists.row], "")
     fold = lambda kind, ids: (unit_hash(kind, ids, FLAGS.salt) * outer).astype(int)
     picture, query = fold("canonical_id", canonical_id.ravel()), fold("query_id", lists.query_id)[:, None]
     picture = picture.reshape(lists.where.shape)
     scored = {name: np.full(lists.where.shape, -np.inf) for name in artifact.Scored._fields}
+    rivals = {peer: np.full(lists.where.shape, -np.inf) for peer in (peers.PEERS if FLAGS.peers else ())}
     start = time.monotonic()
     for i in range(outer):
         for j in range(outer):
@@ -80,19 +86,22 @@ def main() -> None:
             values = artifact.score(develop(lists, canonical_id, learn, config), lists)
             for name, value in values._asdict().items():
                 scored[name][judge] = value[judge]
+            for peer, scores in rivals.items():
+                scores[judge] = peers.develop(peer, lists, canonical_id, learn)[judge]
             done = i * outer + j + 1
             left = (time.monotonic() - start) / done * (outer**2 - done)
             say(f"  model {done} of {outer**2}, {left:.0f} s left")
-    report(lists, scored)
+    report(lists, scored, {peer.name: scores for peer, scores in rivals.items()})
 
 
-def report(lists: Lists, scored: dict[str, np.ndarray]) -> None:
+def report(lists: Lists, scored: dict[str, np.ndarray], rivals: dict[str, np.ndarray]) -> None:
     """The figures, with intervals over queries (which leave out that queries share pictures)."""
     engine = figures.engine(len(lists.query_id), 0, 10_000)
     raw = np.nan_to_num(lists.attributes)
     systems = [
         System("CLIP-only", "", features.rule_score(raw, ("clip_score",))),
         System("Step 4's rule", "", features.rule_score(raw, features.NAMES)),
+        *(System(name, "", scores) for name, scores in rivals.items()),
         System("reranker", "", scored["logit"]),
     ]
     ranked = ranking.ranking(engine, systems, lists)
@@ -100,10 +109,11 @@ def report(lists: Lists, scored: dict[str, np.ndarray]) -> None:
     coverage = probabilities.coverage(engine, scored["low"], scored["high"], lists)
     for row in ranked["ladder"]:
         cells = [f"{m} {figure_text(row['metrics'][m])}" for m in ("compliance@1", "ndcg@10")]
-        say(f"{row['system']:<14} {'   '.join(cells)}")
-    for metric in ("compliance@1", "ndcg@10"):
-        gain = figure_text(ranked["gains"]["Step 4's rule"][metric], "points")
-        say(f"reranker over the rule, {metric}: {gain}")
+        say(f"{row['system']:<20} {'   '.join(cells)}")
+    for row in ranked["comparisons"][-1]["rows"]:
+        if row["metric"] in ("compliance@1", "ndcg@10"):
+            gain = figure_text(row["difference"], "points")
+            say(f"reranker over {row['reference']}, {row['metric']}: {gain}, p (max-T) {row['p_max_t']:.4f}")
     say(f"conflict AUC {figure_text(conflict['auc'])}   ECE {figure_text(conflict['ece'])}")
     say(f"95 % interval holds the label in {figure_text(coverage['coverage'])}")
     if FLAGS.output:
