@@ -13,6 +13,7 @@ from cotrr.evaluate.bootstrap import Draw
 
 Figure = dict[str, Any]
 FEWEST = 10  # units: at 5, a nominal 95 % percentile interval of a mean covers 84 % or less
+SAME = 1e-9  # an interval that is not wider says nothing
 EDGE = 10  # successes or failures: with fewer, resampling a 0/1 metric misleads
 
 
@@ -125,7 +126,7 @@ class Engine(NamedTuple):
                 {name: ends[:, r] for name, ends in kinds.items()},
                 ("wilson", "studentised", "percentile") if found.binary[r] and edge[r]
                 else ("studentised", "percentile"),
-                error=found.error[r],
+                found.error[r],
             )
             for r in range(len(ratios))
         ]  # fmt: skip
@@ -139,7 +140,6 @@ class Engine(NamedTuple):
         kind: str = "percentile",
         bounds: tuple[float, float] = (0.0, 1.0),
         acceleration: float | None = None,
-        why: str = "",
     ) -> Figure:
         """The figure of any statistic with its [B] resampled values; `kind` is the interval to show."""
         ordered, point = intervals.ascending(drawn[None]), np.array([value])
@@ -152,7 +152,7 @@ class Engine(NamedTuple):
             kinds["bca"] = intervals.bca(ordered, point, np.array([acceleration]))
         kinds = {name: np.clip(ends[:, 0], *bounds) for name, ends in kinds.items()}
         undefined = self.resamples - int(ordered.defined[0])
-        return self._figure(value, count, units, undefined, kinds, (kind,), why=why)
+        return self._figure(value, count, units, undefined, kinds, (kind,))
 
     def _figure(
         self,
@@ -162,32 +162,12 @@ class Engine(NamedTuple):
         undefined: int,
         kinds: dict[str, np.ndarray],
         wanted: tuple[str, ...],
-        *,
         error: float = np.nan,
-        why: str = "",
     ) -> Figure:
         """A figure with the first wanted interval that there is, and why where there is none."""
         if not np.isfinite(value):
-            return missing(count, self.kind, why or "no query defines it")
-        if units < FEWEST:
-            why, kinds, undefined = (
-                why or f"{units} of at least {FEWEST} {self.unit_name} for an interval",
-                {},
-                0,
-            )
-        elif undefined > self.resamples / 2:
-            why, kinds = why or "too few resamples define it", {}
-        else:
-            wide = {
-                k: ends for k, ends in kinds.items() if np.isfinite(ends).all() and ends[1] - ends[0] > 1e-9
-            }
-            constant = (
-                "percentile" in kinds and np.ptp(kinds["percentile"]) <= 1e-9 and "wilson" not in wanted
-            )
-            kinds = {} if constant else wide
-            why = why or (
-                "" if any(k in kinds for k in wanted) else "all resamples agree, so the bootstrap cannot tell"
-            )
+            return missing(count, self.kind, "no query defines it")
+        kinds, why = self._given(kinds, wanted, units, undefined)
         chosen = next((kind for kind in wanted if kind in kinds), None)
         result: Figure = {
             "value": float(value),
@@ -202,9 +182,22 @@ class Engine(NamedTuple):
             result[self.unit_name] = units  # n counts candidates, and this what was resampled
         if not chosen:
             result["why"] = why
-        if undefined:
+        if undefined and units >= FEWEST:
             result["undefined"] = undefined
         return result
+
+    def _given(
+        self, kinds: dict[str, np.ndarray], wanted: tuple[str, ...], units: int, undefined: int
+    ) -> tuple[dict[str, np.ndarray], str]:
+        """The intervals that can be given, and why there is none where that is so."""
+        if units < FEWEST:
+            return {}, f"{units} of at least {FEWEST} {self.unit_name} for an interval"
+        if undefined > self.resamples / 2:
+            return {}, "too few resamples define it"
+        if np.ptp(kinds["percentile"]) <= SAME and "wilson" not in wanted:
+            return {}, "all resamples agree, so the bootstrap cannot tell"
+        wide = lambda ends: np.isfinite(ends).all() and ends[1] - ends[0] > SAME
+        return {kind: ends for kind, ends in kinds.items() if wide(ends)}, "no kind of interval is defined"
 
     def _name(self, kind: str) -> str:
         return "Wilson" if kind == "wilson" else f"{kind} bootstrap over {self.unit_name}"

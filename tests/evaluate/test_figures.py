@@ -407,8 +407,8 @@ class TestStatistic:
         assert figure["undefined"] == B // 2 + 1
 
     def test_reasons(self):
-        assert self.of(value=np.nan, why="one class")["why"] == "one class"
         assert self.of(value=np.nan)["value"] is None
+        assert self.of(value=np.nan)["why"] == "no query defines it"
         assert "of at least 10 queries" in self.of(units=9)["why"]
         assert "all resamples agree" in self.of(np.full(B, 0.55))["why"]
         assert "undefined" not in self.of(np.full(B, np.nan), units=9)
