@@ -98,7 +98,7 @@ def _scores(
 ) -> Callable[[int], np.ndarray]:
     words = features.vocabulary(lists)
     wants = np.asarray(features.encode(lists, words).wants)
-    mean, axes = features.principal_axes(np.unique(lists.image[where], axis=0), COMPONENTS, 1.0)
+    mean, axes = features.principal_axes(np.unique(lists.image[where], axis=0), COMPONENTS)
     image = (np.nan_to_num(lists.image) - mean) @ axes
     wanted = np.broadcast_to(wants[:, None], (*where.shape, wants.shape[1]))
     x = np.concatenate([lists.attributes, wanted, image], axis=-1).astype(np.float32)

@@ -12,7 +12,6 @@ import json
 import time
 from functools import partial
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
@@ -27,7 +26,7 @@ from cotrr.evaluate import figures, probabilities, ranking
 from cotrr.evaluate.metrics import ndcg
 from cotrr.evaluate.ranking import System
 from cotrr.evaluate.report import figure_text
-from cotrr.ranker import artifact, features, fitting
+from cotrr.ranker import artifact, features, fitting, training
 from cotrr.ranker.training import TrainConfig
 from experiments.terminal import say
 
@@ -54,13 +53,13 @@ def develop(lists: Lists, canonical_id: np.ndarray, where: np.ndarray, config: T
     setup = fitting.set_up(
         fitting.Development(part, canonical_id[kept], np.zeros(len(kept), bool)), config, partial(ndcg, k=10)
     )
-    key, init_key = jax.random.split(jax.random.key(config.seed))
-    state = setup.trainer.init(init_key)
+    lanes = training.make_lanes([config])
+    state = training.init_lanes(setup.train, lanes)
     for number in range(config.epochs):
-        state, _ = setup.trainer.epoch(state, key, jnp.asarray(number))
-        if number + 1 - int(state.best_epoch) >= config.patience:
+        state, _ = training.run_epoch(setup.train, state, jnp.asarray(number), lanes)
+        if training.stopped(state, number + 1, config).all():
             break
-    return fitting.finish(setup, state, "fold", {})
+    return fitting.finish(setup, state, config, "fold", {})
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """Orbax checkpoints of a training state (a tree of arrays, typed keys included)."""
 
 import pathlib
+import warnings
 from typing import TypeVar
 
 from orbax.checkpoint import v1 as ocp
@@ -12,8 +13,9 @@ class Checkpoints:
     """The last `keep` checkpoints in a folder; use it as a context manager."""
 
     def __init__(self, folder: str | pathlib.Path, keep: int = 2):
+        self._folder = pathlib.Path(folder).resolve()
         self._checkpointer = ocp.training.Checkpointer(
-            str(pathlib.Path(folder).resolve()),
+            str(self._folder),
             preservation_policy=ocp.training.preservation_policies.LatestN(keep),
             cleanup_tmp_directories=True,
         )
@@ -25,8 +27,11 @@ class Checkpoints:
         self._checkpointer.close()
 
     def save(self, step: int, state: object) -> None:
-        """Writes `state` under `step`."""
-        self._checkpointer.save(step, state, overwrite=True)
+        """Writes `state` under `step`; raises OSError where it cannot be written, and keeps the others."""
+        try:
+            self._checkpointer.save(step, state, overwrite=True)
+        except (OSError, ValueError, RuntimeError) as error:  # a full disk comes in any of these
+            raise OSError(f"{self._folder}: {error}") from error
 
     def latest(self) -> int | None:
         """The newest step there is, or None."""
@@ -36,3 +41,12 @@ class Checkpoints:
     def load(self, step: int, like: T) -> T:
         """The state of `step`; `like` is a freshly initialised state of the same shape."""
         return self._checkpointer.load(step, like)
+
+    def load_latest(self, like: T) -> tuple[T, int] | None:
+        """The newest state that can be read, and its step; a damaged one is passed over with a warning."""
+        for step in sorted((found.step for found in self._checkpointer.checkpoints), reverse=True):
+            try:
+                return self.load(step, like), step
+            except (OSError, ValueError, RuntimeError, KeyError) as error:
+                warnings.warn(f"the checkpoint of step {step} is damaged: {error}", stacklevel=2)
+        return None

@@ -19,13 +19,14 @@ from absl import flags
 from cotrr import files
 from cotrr.config import launch
 from cotrr.data import certificate, dataset, labels
-from cotrr.data.lists import Lists, to_lists
+from cotrr.data.lists import Lists
 from cotrr.errors import InputError
 from cotrr.evaluate import acceptance, evaluation, failures, figures, plots, probabilities, report, systems
 from cotrr.evaluate.figures import Engine
 from cotrr.evaluate.ranking import System
 from cotrr.ranker import artifact, features
 from cotrr.summaries import SummaryWriter
+from experiments import loop
 from experiments.terminal import done, say, warn
 
 FLAGS = flags.FLAGS
@@ -68,7 +69,7 @@ def main() -> None:
     notices = [f"Data: {breach}." for breach in certificate.breaches(passport)]
     for folder, model in models.items():
         notices += _check_overlap(folder, model, table)
-    lists, kind = _labelled_lists(table)
+    lists, kind = loop.labelled_lists(table, FLAGS.data, FLAGS.split)
     if kind == labels.SILVER:
         notices.insert(0, "Labels are silver: Step 4's own scores, not a reviewer's. Agreement with "
                           "them says nothing about people.")  # fmt: skip
@@ -150,23 +151,6 @@ def _check_overlap(folder: str, model: artifact.Model, table: pa.Table) -> list[
             remedy="Evaluate on data it has not seen, or set --allow_overlap to see optimistic figures",
         )
     return [f"{folder} HAS LEARNED FROM {what} of this split: its figures are optimistic."]
-
-
-def _labelled_lists(table: pa.Table) -> tuple[Lists, str]:
-    """The queries with labels of one kind: gold where there is any, else silver; never both."""
-    kinds = set(table["label"].to_pylist())
-    kind = labels.GOLD if labels.GOLD in kinds else labels.SILVER
-    lists = to_lists(table, kind)
-    judged = np.flatnonzero(lists.labelled.any(axis=1))
-    if not len(judged):
-        raise InputError(
-            f"the {FLAGS.split} split has no labelled rows",
-            file=FLAGS.data,
-            remedy=f"Generate the dataset with a {FLAGS.split} fraction above 0, from a run with reviews",
-        )
-    if len(judged) < len(lists.query_id):
-        warn(f"{len(lists.query_id) - len(judged)} queries without {kind} labels are left out")
-    return lists.take(judged), kind
 
 
 def _measure(
@@ -255,9 +239,10 @@ def _model_facts(model: artifact.Model) -> dict:
         "lanes": len(model.final),
         "best_epoch": model.provenance["best_epoch"],
         "validation_loss": model.provenance["validation_loss"],
+        "configurations_looked_at": model.provenance.get("configurations", 1),
         "trained_on_certificate": model.provenance["certificate"],
         "trained_on_labels": model.provenance["labels"],
-        "interval_radius": model.calibration.radius,
+        "calibrators": {head: choice.kind for head, choice in model.calibration.choices.items()},
         "calibrated_on_queries": model.calibration.queries,
         "config": model.config,
     }

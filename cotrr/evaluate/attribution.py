@@ -1,6 +1,6 @@
 """Why one candidate outscores another: exact Shapley values of feature groups and attributes.
 
-The game: its players are the attributes (and the image embedding), a coalition is worth the margin
+The game: its players are the attributes (and the embeddings), a coalition is worth the margin
 of two candidates' rank logits when the other players are absent, that is, at the mean of their
 domain.  Groups get their Shapley values; inside a group each player gets its Owen value, so players
 add up to their group and groups to the margin.  For a model without a hidden layer these are the
@@ -19,11 +19,9 @@ import numpy as np
 from cotrr.data.contract import ATTRIBUTES
 from cotrr.data.lists import Lists
 from cotrr.ranker import features
-from cotrr.ranker.artifact import Model
+from cotrr.ranker.artifact import Model, mask_of
 from cotrr.ranker.features import Encoded, Statistics
 from cotrr.ranker.model import Params, Reranker
-
-IMAGE = "image_embedding"
 
 
 class Explanation(NamedTuple):
@@ -73,30 +71,35 @@ def explain(
     model: Model, lists: Lists, query: np.ndarray, first: np.ndarray, second: np.ndarray
 ) -> Explanation:
     """Of the margins of candidates `first` [K] over `second` [K] of the queries `query` [K]."""
-    used = model.config["groups"].split(",")
     final = np.flatnonzero(model.final)
     statistics, params = (
         jax.tree.map(lambda part: part[final], part) for part in (model.statistics, model.params)
     )
-    seen = np.asarray(statistics.missing).min(axis=0) < 1
-    owner = {name: group for (name, group), there in zip(ATTRIBUTES.items(), seen.tolist(), strict=True)
-             if there and group in used}  # fmt: skip
-    if "clip" in used and lists.image.shape[-1]:
-        owner[IMAGE] = "clip"
-    players = list(owner)
+    players, owner = _players(model, lists)
+    used = list(dict.fromkeys(owner[name] for name in players))
     groups = {group: [p for p, name in enumerate(players) if owner[name] == group] for group in used}
-    coalitions, weights = owen_game([members for members in groups.values() if members])
+    coalitions, weights = owen_game(list(groups.values()))
     pair = _pairs(features.encode(lists, model.vocabulary), query, np.stack([first, second], axis=1))
-    alone = np.array([[name == player for name in ATTRIBUTES] for player in players], bool)
-    image = np.array([player == IMAGE for player in players])
-    masks = map(jnp.asarray, (features.group_mask(used), alone, image, coalitions))
-    worth = np.asarray(_worths(params, statistics, pair, *masks, hidden=model.config["hidden"]), np.float64)
+    place = [features.MASKED.index(name) for name in players]
+    masks = np.zeros((len(coalitions), len(features.MASKED)), np.float32)
+    masks[:, place] = coalitions
+    text = jnp.float32(mask_of(model.config)[-1])
+    worth = _worths(params, statistics, pair, jnp.asarray(masks), text, hidden=model.config["hidden"])
+    worth = np.asarray(worth, np.float64)
     values = worth @ weights.T
     return Explanation(
         margin=worth[:, coalitions.all(axis=1).argmax()],
         groups={group: values[:, members].sum(axis=1) for group, members in groups.items()},
         attributes=dict(zip(players, values.T, strict=True)),
     )
+
+
+def _players(model: Model, lists: Lists) -> tuple[list[str], dict[str, str]]:
+    """What can move a score, and its group: the attributes that were ever seen, and the embeddings."""
+    seen = np.asarray(model.statistics.missing)[model.final].min(axis=0) < 1
+    there = np.append(seen, bool(lists.image.shape[-1])) & mask_of(model.config)
+    owner = {**ATTRIBUTES, features.EMBEDDINGS: "clip"}
+    return [name for name, in_game in zip(features.MASKED, there, strict=True) if in_game], owner
 
 
 def _pairs(encoded: Encoded, query: np.ndarray, candidates: np.ndarray) -> Encoded:
@@ -111,34 +114,27 @@ def _worths(
     params: Params,
     statistics: Statistics,
     pairs: Encoded,
-    allowed: jax.Array,
-    alone: jax.Array,
-    image: jax.Array,
-    coalitions: jax.Array,
+    masks: jax.Array,
+    text: jax.Array,
     *,
     hidden: int,
 ) -> jax.Array:
-    """[K, M] the margin of each pair by coalition, mean over the members.
+    """[K, M] the margin of each pair under each coalition's mask [M, A + 1], mean over the members.
 
-    Features are additive in the players: what each adds is measured with it `alone` [P, A].
+    What is masked stands at its domain's mean; the query's text is no player: it stays if
+    the model looks at it, `text` [] 0 or 1.
     """
     network = Reranker(hidden=hidden)
 
     def by_member(pair: Encoded, params: Params, fitted: Statistics) -> jax.Array:
-        whole = features.featurize(fitted, pair, allowed)
-        nobody = features.featurize(fitted, pair, jnp.zeros_like(allowed))
-        single: Any = jax.vmap(partial(features.featurize, fitted, pair))(alone)
+        inputs = features.featurize(fitted, pair)
 
-        def worth(coalition: jax.Array) -> jax.Array:
-            there = coalition.astype(jnp.float32)
-            add = lambda one, none: none + jnp.tensordot(there, one - none[None], axes=1)
-            scores = network.apply(params, whole._replace(
-                image=whole.image * jnp.sum(there * image),
-                attributes=add(single.attributes, nobody.attributes), base=add(single.base, nobody.base),
-            ))  # fmt: skip
+        def worth(mask: jax.Array) -> jax.Array:
+            gates = features.make_gates(mask)._replace(text=text)
+            scores: Any = network.apply(params, inputs, gates)
             return scores.rank[0] - scores.rank[1]
 
-        return jax.vmap(worth)(coalitions)
+        return jax.vmap(worth)(masks)
 
     members = lambda pair: jnp.mean(jax.vmap(partial(by_member, pair))(params, statistics), axis=0)
     return jax.lax.map(members, pairs)

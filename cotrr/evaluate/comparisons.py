@@ -52,7 +52,9 @@ def detectable(error: float, level: float = 0.95, power: float = 0.8) -> float:
 def simultaneous(pivots: np.ndarray, level: float = 0.95) -> float:
     """How many standard errors all of K intervals need to hold together, from pivots [K, B].
 
-    The quantile of the largest absolute pivot of each resample (max-T; Romano & Wolf 2005).
+    The quantile of the largest absolute pivot of each resample (max-T; Romano & Wolf 2005).  A row that
+    some resample leaves without spread rests on a few units: it is left out, and gets no such interval.
     """
-    largest = np.where(np.isnan(pivots), 0.0, np.abs(pivots)).max(axis=0)
+    rows = pivots[~np.isinf(pivots).any(axis=1)]
+    largest = np.where(np.isnan(rows), 0.0, np.abs(rows)).max(axis=0, initial=0.0)
     return float(np.quantile(largest, level, method="higher"))

@@ -162,7 +162,7 @@ def _family(
         figure = measured.figures[at[i]]
         centre, error = measured.estimates.value[at[i]], measured.estimates.error[at[i]]
         zero_one = all(np.isin(values[name][metric], (0, 1)).all() for name in (a, b))
-        told = figure["ci"] and np.isfinite(factor)
+        told = figure["ci"] and not np.isinf(measured.estimates.pivots[at[i]]).any()
         rows.append({
             "system": a, "reference": b, "metric": metric, "difference": figure,
             "simultaneous": np.clip([centre - factor * error, centre + factor * error], -1, 1).tolist()

@@ -19,11 +19,12 @@ from cotrr.data.contract import ATTRIBUTES
 from cotrr.data.lists import Lists
 from cotrr.data.splits import unit_hash
 from cotrr.errors import InputError
-from cotrr.ranker import features
-from cotrr.ranker.calibration import Calibration, Platt
+from cotrr.ranker import calibration, features
+from cotrr.ranker.calibration import Calibration
 from cotrr.ranker.model import Params, Reranker, Scores
+from cotrr.ranker.training import names
 
-FORMAT = 1
+FORMAT = 2
 SCORING_BATCH = 32  # queries scored at once: bounds memory
 
 
@@ -63,6 +64,11 @@ def overlap(model: Model, kind: str, ids: np.ndarray) -> int:
     return int(np.isin(hashes(kind, ids), model.seen[kind]).sum())
 
 
+def mask_of(config: dict[str, Any]) -> np.ndarray:
+    """[A + 1] bool: what a model with these settings looks at, in the order of features.MASKED."""
+    return features.make_mask(names(config["groups"]), names(config["without"]))
+
+
 @partial(jax.jit, static_argnames="hidden")
 def lane_scores(
     params: Params,
@@ -73,10 +79,10 @@ def lane_scores(
     hidden: int,
 ) -> Scores:
     """Logits [L, Q, n] of each of L lanes for Q lists; memory is bounded by SCORING_BATCH."""
-    network = Reranker(hidden=hidden)
+    network, gates = Reranker(hidden=hidden), features.make_gates(mask)
 
     def one_query(query: features.Encoded) -> Any:
-        one_lane = lambda params, fitted: network.apply(params, features.featurize(fitted, query, mask))
+        one_lane = lambda params, fitted: network.apply(params, features.featurize(fitted, query), gates)
         return jax.vmap(one_lane)(params, statistics)
 
     batch = min(SCORING_BATCH, encoded.where.shape[0])
@@ -97,21 +103,23 @@ def score(model: Model, lists: Lists) -> Scored:
     if not len(lists.query_id):
         return Scored(*(np.zeros(lists.where.shape) for _ in Scored._fields))
     encoded = features.encode(lists, model.vocabulary)
-    mask = features.group_mask(model.config["groups"].split(","))
-    scores = lane_scores(model.params, model.statistics, encoded, mask, hidden=model.config["hidden"])
+    scores = lane_scores(
+        model.params, model.statistics, encoded, mask_of(model.config), hidden=model.config["hidden"]
+    )
     rank, conflict = (np.asarray(part, np.float64) for part in scores)
     _check_finite(lists, rank, conflict)
-    calibration = model.calibration
+    fitted = model.calibration
     logit = rank[model.final].mean(axis=0)
-    label = calibration.rank(logit)
-    std = calibration.rank(rank).std(axis=0) if len(rank) > 1 else np.full(logit.shape, np.nan)
+    label = fitted.rank(logit)
+    low, high = fitted.intervals(label)
+    std = fitted.rank(rank).std(axis=0) if len(rank) > 1 else np.full(logit.shape, np.nan)
     inside = lambda values: np.where(lists.where, np.clip(values, 0.0, 1.0), 0.0)
     return Scored(
         score=inside(label),
         std=inside(std),
-        low=inside(label - calibration.radius),
-        high=inside(label + calibration.radius),
-        p_conflict=inside(calibration.conflict(conflict[model.final].mean(axis=0))),
+        low=inside(low),
+        high=inside(high),
+        p_conflict=inside(fitted.conflict(conflict[model.final].mean(axis=0))),
         logit=np.where(lists.where, logit, -np.inf),
     )
 
@@ -154,12 +162,7 @@ def save(model: Model, folder: str | pathlib.Path) -> None:
         "config": model.config,
         "attributes": list(ATTRIBUTES),
         "vocabulary": model.vocabulary._asdict(),
-        "calibration": {
-            "rank": model.calibration.rank._asdict(),
-            "conflict": model.calibration.conflict._asdict(),
-            "radius": model.calibration.radius,
-            "queries": model.calibration.queries,
-        },
+        "calibration": calibration.pack(model.calibration),
         "provenance": model.provenance,
         "files": {name: files.sha256(folder / name) for name in tables},
     }
@@ -207,7 +210,6 @@ def _assemble(facts: dict[str, Any], weights: dict, seen: dict) -> Model:
             for parent in parents:
                 place = place.setdefault(parent, {})
             place[leaf] = weights[path]
-    calibration = facts["calibration"]
     return Model(
         name=facts["name"],
         config=facts["config"],
@@ -218,17 +220,8 @@ def _assemble(facts: dict[str, Any], weights: dict, seen: dict) -> Model:
         ),
         params=jax.tree.map(jnp.asarray, params),
         final=weights["final"],
-        calibration=Calibration(
-            rank=_platt(calibration["rank"]),
-            conflict=_platt(calibration["conflict"]),
-            radius=float(calibration["radius"]),
-            queries=int(calibration["queries"]),
-        ),
+        calibration=calibration.unpack(facts["calibration"]),
         provenance=facts["provenance"],
         seen=seen,
         version=facts["version"],
     )
-
-
-def _platt(facts: dict[str, Any]) -> Platt:
-    return Platt(float(facts["slope"]), float(facts["offset"]))

@@ -1,10 +1,15 @@
 """From logits to probabilities with intervals, fitted on rows that no member learned from."""
 
-from typing import NamedTuple
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.optimize import minimize
+from scipy.optimize import isotonic_regression, minimize
 from scipy.special import expit
+
+SIMPLER = 1e-4  # a kind must beat a simpler one by more than this log-loss
+BINS, ROWS = 10, 50  # of an interval's curves: at most so many bins, of at least so many rows
 
 
 class Platt(NamedTuple):
@@ -18,13 +23,73 @@ class Platt(NamedTuple):
         return expit(self.slope * logits + self.offset)
 
 
+class Beta(NamedTuple):
+    """expit(a · log p − b · log(1 − p) + c) of p = expit(logit), with a, b ≥ 0 (Kull et al. 2017)."""
+
+    a: float
+    b: float
+    c: float
+
+    def __call__(self, logits: np.ndarray) -> np.ndarray:
+        """[...] calibrated values in (0, 1)."""
+        up, down = _log_odds_terms(logits)
+        return expit(self.a * up + self.b * down + self.c)
+
+
+class Isotonic(NamedTuple):
+    """Straight lines between the ends of the blocks of an isotonic regression, constant outside."""
+
+    knots: tuple[float, ...]  # rising logits
+    values: tuple[float, ...]  # never falling
+
+    def __call__(self, logits: np.ndarray) -> np.ndarray:
+        """[...] calibrated values in (0, 1)."""
+        return np.interp(logits, self.knots, self.values)
+
+
+Calibrator = Platt | Beta | Isotonic
+
+
+class Choice(NamedTuple):
+    """Which kind of calibrator was taken, and each kind's log-loss on folds it was not fitted on."""
+
+    kind: str
+    log_loss: dict[str, float]
+
+
+class Intervals(NamedTuple):
+    """Low and high quantiles of y as curves over the expected label, moved apart by a margin."""
+
+    knots: tuple[float, ...]
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    margin: float  # negative where the curves alone cover too much
+
+    def __call__(self, label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Low and high ends [...] ≤ each other, in [0, 1], for expected labels [...]."""
+        low, high = np.interp(label, self.knots, self.low), np.interp(label, self.knots, self.high)
+        middle = (low + high) / 2  # where a negative margin would let the ends cross
+        low, high = np.minimum(low - self.margin, middle), np.maximum(high + self.margin, middle)
+        return np.clip(low, 0, 1), np.clip(high, 0, 1)
+
+
 class Calibration(NamedTuple):
     """How scores become an expected label, a conflict probability, and 95 % intervals of y."""
 
-    rank: Platt
-    conflict: Platt
-    radius: float  # half-width of the interval around the expected label
+    rank: Calibrator
+    conflict: Calibrator
+    intervals: Intervals
     queries: int  # that it was fitted on
+    choices: dict[str, Choice]  # of both heads
+
+
+# Of a model that is not calibrated yet: its own probabilities, and intervals that say nothing.
+NONE = Calibration(Platt(1.0, 0.0), Platt(1.0, 0.0), Intervals((0.0,), (0.0,), (1.0,), 0.0), 0, {})
+
+
+def _log_odds_terms(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """log p and −log(1 − p) [...] of p = expit(logit); both rise with the logit."""
+    return -np.logaddexp(0, -logits), np.logaddexp(0, logits)
 
 
 def fit_platt(logits: np.ndarray, targets: np.ndarray) -> Platt:
@@ -41,29 +106,126 @@ def fit_platt(logits: np.ndarray, targets: np.ndarray) -> Platt:
     return Platt(float(np.exp(slope)), float(offset))
 
 
-def cross_fitted(logits: np.ndarray, targets: np.ndarray, fold: np.ndarray) -> np.ndarray:
-    """[N] calibrated values, each by a Platt scaling fitted on the other folds' rows."""
+def fit_beta(logits: np.ndarray, targets: np.ndarray) -> Beta:
+    """Maximum likelihood of [N] targets in [0, 1] (Kull et al. 2017), the targets used as they are."""
+    terms = np.stack([*_log_odds_terms(logits), np.ones(len(logits))])
+
+    def loss(parameters: np.ndarray) -> tuple[float, np.ndarray]:
+        z = parameters @ terms
+        return float(np.mean(np.logaddexp(0, z) - targets * z)), terms @ (expit(z) - targets) / len(z)
+
+    # It starts at the identity.  The two terms go together, so the valley is flat: go on to its floor.
+    bounds, options = [(0, 150), (0, 150), (-20, 20)], {"ftol": 1e-12, "gtol": 1e-7}
+    a, b, c = minimize(loss, np.array([1.0, 1, 0]), jac=True, bounds=bounds, options=options).x
+    return Beta(float(a), float(b), float(c))
+
+
+def fit_isotonic(logits: np.ndarray, targets: np.ndarray) -> Isotonic:
+    """Least squares among rising functions of [N] targets in [0, 1] (Zadrozny & Elkan 2002)."""
+    knots, group, count = np.unique(logits, return_inverse=True, return_counts=True)
+    fitted = isotonic_regression(np.bincount(group, targets) / count, weights=count)
+    ends = np.unique(np.concatenate([fitted.blocks[:-1], fitted.blocks[1:] - 1]))
+    eps = 1 / (2 * len(logits) + 2)  # no outcome is ruled out, so a log-loss stays finite
+    return Isotonic(tuple(knots[ends].tolist()), tuple(np.clip(fitted.x[ends], eps, 1 - eps).tolist()))
+
+
+Fit = Callable[[np.ndarray, np.ndarray], Calibrator]
+CALIBRATORS: dict[str, Fit] = {"platt": fit_platt, "beta": fit_beta, "isotonic": fit_isotonic}
+KINDS: dict[str, type] = {"platt": Platt, "beta": Beta, "isotonic": Isotonic}
+
+
+def cross_fitted(
+    logits: np.ndarray, targets: np.ndarray, fold: np.ndarray, fit: Fit = fit_platt
+) -> np.ndarray:
+    """[N] calibrated values, each by a calibrator fitted on the other folds' rows."""
     values = np.empty(len(logits))
-    for k in np.unique(fold):
-        inside = fold == k
-        rest = ~inside if (~inside).any() else inside
-        values[inside] = fit_platt(logits[rest], targets[rest])(logits[inside])
+    for inside, rest in _folds(fold):
+        values[inside] = fit(logits[rest], targets[rest])(logits[inside])
     return values
 
 
-def interval_radius(query: np.ndarray, residual: np.ndarray, coverage: float = 0.95) -> float:
-    """Half-width of an interval meant to hold the label of a new query's candidate.
+def _folds(fold: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Masks [N] of each fold and of all others; a single fold has no other, and stands for both."""
+    masks = [fold == k for k in np.unique(fold)]
+    return [(inside, inside if inside.all() else ~inside) for inside in masks]
+
+
+def _log_loss(values: np.ndarray, targets: np.ndarray) -> float:
+    """Mean cross-entropy of [N] targets in [0, 1]; finite where a sigmoid rounds to 0 or 1."""
+    values = np.clip(values, 1e-15, 1 - 1e-15)
+    return float(-np.mean(targets * np.log(values) + (1 - targets) * np.log1p(-values)))
+
+
+def choose(logits: np.ndarray, targets: np.ndarray, fold: np.ndarray) -> tuple[Calibrator, Choice]:
+    """The kind with the lowest cross-validated log-loss over N rows, fitted on all of them.
+
+    Near-ties go to the simpler kind.  A single fold cannot tell a good fit from a tight one: Platt.
+    """
+    kinds = CALIBRATORS if len(np.unique(fold)) > 1 else {"platt": fit_platt}
+    losses = {
+        kind: _log_loss(cross_fitted(logits, targets, fold, fit), targets) for kind, fit in kinds.items()
+    }
+    kind = next(kind for kind, loss in losses.items() if loss <= min(losses.values()) + SIMPLER)
+    return kinds[kind](logits, targets), Choice(kind, losses)
+
+
+def query_quantile(query: np.ndarray, score: np.ndarray, coverage: float = 0.95) -> float:
+    """The margin that the score of a new query's row is meant to stay within.
 
     The quantile of split conformal prediction with queries as the exchangeable units: each of Q
     queries spreads the weight 1/(Q+1) over its rows, the new one holds the rest at infinity (Dunn
-    et al. 2022).  `query` [N], `residual` [N] ≥ 0.  Labels lie in [0, 1], so infinity is 1.  Where
-    residuals come from cross-validation the coverage is approximate: a report measures it.
+    et al. 2022).  `query` [N], `score` [N] of either sign.  Labels lie in [0, 1], so infinity is 1.
     """
     _, group, count = np.unique(query, return_inverse=True, return_counts=True)
     weight = 1 / (count[group] * (len(count) + 1))
-    order = np.argsort(residual)
+    order = np.argsort(score, kind="stable")
     reached = np.searchsorted(np.cumsum(weight[order]), coverage - 1e-12)
-    return float(residual[order[reached]]) if reached < len(order) else 1.0
+    return float(score[order[reached]]) if reached < len(order) else 1.0
+
+
+def _bins(label: np.ndarray) -> list[slice]:
+    """Slices of N sorted labels of about equal mass; equal labels share a bin."""
+    size = len(label) // int(np.clip(len(label) // ROWS, 1, BINS))
+    slices, start = [], 0
+    while start < len(label):
+        end = int(np.searchsorted(label, label[start + size - 1], side="right"))
+        end = end if len(label) - end >= size else len(label)
+        slices.append(slice(start, end))
+        start = end
+    return slices
+
+
+def _curves(label: np.ndarray, y: np.ndarray, coverage: float, margin: float = 0.0) -> Intervals:
+    """Conditional quantiles of y [N] in bins of the expected label [N], made to rise with it."""
+    order = np.argsort(label, kind="stable")
+    label, y = label[order], y[order]
+    bins = _bins(label)
+    levels = [(1 - coverage) / 2, (1 + coverage) / 2]
+    quantiles = np.array([np.quantile(y[part], levels) for part in bins])
+    weights = [part.stop - part.start for part in bins]
+    low, high = (isotonic_regression(curve, weights=weights).x for curve in quantiles.T)
+    # A mean of equal labels may be off by rounding; the knots rise all the same.
+    knots = np.maximum.accumulate([label[part].mean() for part in bins])
+    return Intervals(tuple(knots.tolist()), tuple(low.tolist()), tuple(high.tolist()), margin)
+
+
+def fit_intervals(
+    label: np.ndarray, y: np.ndarray, query: np.ndarray, fold: np.ndarray, coverage: float = 0.95
+) -> Intervals:
+    """Intervals meant to hold the label of a new query's candidate, from N held-out rows.
+
+    Conformalised quantile regression (Romano et al. 2019) over queries.  A row's score comes from
+    curves fitted on the other folds, the curves in use from all rows: that is cross-conformal, so
+    the coverage is approximate and a report measures it.  A single fold is halved by query.
+    """
+    if len(np.unique(fold)) == 1:
+        fold = np.unique(query, return_inverse=True)[1] % 2
+    score = np.empty(len(y))
+    for inside, rest in _folds(fold):
+        curves = _curves(label[rest], y[rest], coverage)
+        low, high = (np.interp(label[inside], curves.knots, ends) for ends in (curves.low, curves.high))
+        score[inside] = np.maximum(low - y[inside], y[inside] - high)
+    return _curves(label, y, coverage, query_quantile(query, score, coverage))
 
 
 def fit(
@@ -76,13 +238,115 @@ def fit(
 ) -> Calibration:
     """Calibration from N held-out rows: logits of both heads, labels, each row's query and fold.
 
-    Residuals are those of a calibration that has not seen the row's fold.
+    Intervals are those around a label that has not seen the row's fold.  Rows whose `is_conflict`
+    is NaN teach the conflict head nothing; without any other it keeps its own probabilities.
     """
+    label, label_choice = choose(rank, y, fold)
+    crossed = cross_fitted(rank, y, fold, CALIBRATORS[label_choice.kind])
     known = ~np.isnan(is_conflict)
-    residual = np.abs(y - cross_fitted(rank, y, fold))
+    clash, clash_choice = Platt(1.0, 0.0), Choice("platt", {})
+    if known.any():
+        clash, clash_choice = choose(conflict[known], is_conflict[known], fold[known])
     return Calibration(
-        rank=fit_platt(rank, y),
-        conflict=fit_platt(conflict[known], is_conflict[known]),
-        radius=interval_radius(query, residual),
+        rank=label,
+        conflict=clash,
+        intervals=fit_intervals(crossed, y, query, fold),
         queries=len(np.unique(query)),
+        choices={"rank": label_choice, "conflict": clash_choice},
     )
+
+
+def pack(calibration: Calibration) -> dict[str, Any]:
+    """The calibration in plain JSON types."""
+    return {
+        "rank": _plain(calibration.rank),
+        "conflict": _plain(calibration.conflict),
+        "intervals": _listed(calibration.intervals),
+        "queries": calibration.queries,
+        "choices": {
+            head: {"kind": choice.kind, "log_loss": dict(choice.log_loss)}
+            for head, choice in calibration.choices.items()
+        },
+    }
+
+
+def _plain(calibrator: Calibrator) -> dict[str, Any]:
+    kind = next(kind for kind, made in KINDS.items() if isinstance(calibrator, made))
+    return {"kind": kind, **_listed(calibrator)}
+
+
+def _listed(values: Calibrator | Intervals) -> dict[str, Any]:
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in values._asdict().items()}
+
+
+def unpack(facts: dict[str, Any]) -> Calibration:
+    """What `pack` was given; KeyError, TypeError or ValueError where that cannot be."""
+    return Calibration(
+        rank=_calibrator(facts["rank"]),
+        conflict=_calibrator(facts["conflict"]),
+        intervals=_intervals(facts["intervals"]),
+        queries=_whole(facts["queries"]),
+        choices={head: _choice(choice) for head, choice in _mapping(facts["choices"]).items()},
+    )
+
+
+def _calibrator(facts: dict[str, Any]) -> Calibrator:
+    kind = KINDS[facts["kind"]]
+    if kind is Isotonic:
+        fitted = Isotonic(*_polyline(facts, "knots", "values"))
+        _require(fitted.values[0] >= 0 and fitted.values[-1] <= 1, "isotonic values outside [0, 1]")
+        return fitted
+    fitted = kind(*(_number(facts[name]) for name in kind._fields))
+    # A falling calibrator would turn the order of the candidates.
+    rises = fitted.slope > 0 if isinstance(fitted, Platt) else min(fitted.a, fitted.b) >= 0
+    _require(rises, f"a calibrator that falls: {fitted}")
+    return fitted
+
+
+def _intervals(facts: dict[str, Any]) -> Intervals:
+    knots, low, high = _polyline(facts, "knots", "low", "high")
+    return Intervals(knots, low, high, _number(facts["margin"]))
+
+
+def _choice(facts: dict[str, Any]) -> Choice:
+    losses = {kind: _number(loss) for kind, loss in _mapping(facts["log_loss"]).items()}
+    unknown = {facts["kind"], *losses} - set(CALIBRATORS)
+    _require(not unknown, f"no such calibrator: {unknown}")
+    return Choice(facts["kind"], losses)
+
+
+def _polyline(facts: dict[str, Any], *names: str) -> list[tuple[float, ...]]:
+    """Sequences of one length, at least 1, none of which falls."""
+    curves = []
+    for name in names:
+        if not isinstance(facts[name], list):
+            raise TypeError(f"{name} is not a list")
+        curves.append(tuple(_number(value) for value in facts[name]))
+        _require(list(curves[-1]) == sorted(curves[-1]), f"{name} is not sorted")
+    _require({len(curve) for curve in curves} == {len(curves[0]) or 1}, f"lengths of {names}")
+    return curves
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise TypeError(f"not an object: {value!r}")
+    return value
+
+
+def _number(value: Any) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError(f"not a number: {value!r}")
+    _require(abs(value) <= sys.float_info.max, "a number that is not finite")
+    return float(value)
+
+
+def _whole(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"not a whole number: {value!r}")
+    _require(value >= 0, "a negative count")
+    return value
+
+
+def _require(holds: bool, what: str) -> None:
+    if not holds:
+        raise ValueError(what)

@@ -19,8 +19,13 @@ Leaf = Any  # of a tree: an array of NumPy or JAX, or a tracer
 NAMES = tuple(ATTRIBUTES)
 # Step 4's own rule: its weights of the attributes, in their own units.
 RULE = {"clip_score": 0.2, "compliance_score": 0.7, "conflict_prob": -0.3}
+USUAL = 2.0  # constraints of a query: so many have weight 1 each
+RIDGE = 1.0  # queries' worth of doubt about what a word means
 WINSOR = 4.0  # standardised attributes are held within ± this many deviations
+EMBEDDINGS = "embeddings"  # what a mask calls the image and text embeddings, behind the attributes
+MASKED = (*NAMES, EMBEDDINGS)
 _CONFLICT_PROB = NAMES.index("conflict_prob")
+_RULE = tuple(NAMES.index(name) for name in RULE)
 
 
 class Vocabulary(NamedTuple):
@@ -34,7 +39,7 @@ class Encoded(NamedTuple):
     """One list as numbers, before any statistics; missing is NaN."""
 
     domain: Leaf  # [] int32 index into Vocabulary.domains; their number where unseen
-    wants: Leaf  # [V] float32 multi-hot of Vocabulary.constraints
+    wants: Leaf  # [V] float32 of Vocabulary.constraints: USUAL / their number where wanted, else 0
     text: Leaf  # [d]
     image: Leaf  # [n, d]
     attributes: Leaf  # [n, A] in the order of NAMES
@@ -54,16 +59,32 @@ class Statistics(NamedTuple):
     text_axes: Leaf  # [d, p']
     rule_mean: Leaf  # []
     rule_scale: Leaf  # []
+    word_axes: Leaf  # [V, d] what a constraint's word adds to a query's embedding
+    word_key: Leaf  # [K, V] 0 or 1: the words of each key
+    match_scale: Leaf  # [K]
 
 
 class Features(NamedTuple):
-    """Model input of one list of n candidates."""
+    """Model input of one list of n candidates, before any mask."""
 
-    query: Leaf  # [1 + p' + V]: a constant, text components, what is wanted
+    wants: Leaf  # [1 + V]: a constant, what is wanted
+    text: Leaf  # [p']
     image: Leaf  # [n, p]
+    match: Leaf  # [n, K]: the image along what the wanted word of each key adds to a query's embedding
     attributes: Leaf  # [n, 2A]: standardised, then their missing-value indicators
-    base: Leaf  # [n, 2]: Step 4's rule, and the logit of its conflict probability
+    rule: Leaf  # [n, 3]: the terms of Step 4's rule, from their domain's mean
+    conflict: Leaf  # [n]: logit of Step 4's conflict probability, from that of its domain's mean
+    centre: Leaf  # [2]: the rule, and the logit of the conflict probability, at the domain's mean
     where: Leaf  # [n] bool
+
+
+class Gates(NamedTuple):
+    """What of the features counts, and how much: a mask and the sizes of the embeddings' paths."""
+
+    attributes: Leaf  # [A] 0 or 1: outside, an attribute is taken out everywhere
+    image: Leaf  # []
+    text: Leaf  # []
+    match: Leaf  # []
 
 
 def vocabulary(lists: Lists) -> Vocabulary:
@@ -80,16 +101,29 @@ def encode(lists: Lists, words: Vocabulary) -> Encoded:
     wants = np.zeros((len(lists.query_id), len(tokens)), np.float32)
     for row, wanted in enumerate(lists.constraints):
         for token in {*wanted, *(token.split("=", 1)[0] for token in wanted)} & tokens.keys():
-            wants[row, tokens[token]] = 1
+            # A label is a mean over the constraints, so each of many counts less.
+            wants[row, tokens[token]] = USUAL / len(wanted)
     domain = np.array([domains.get(name, len(domains)) for name in lists.domain], np.int32)
     return Encoded(domain, wants, lists.text, lists.image, lists.attributes, lists.where)
 
 
-def group_mask(groups: Collection[str]) -> np.ndarray:
-    """[A] bool: the attributes of the chosen groups; raises InputError for an unknown group."""
+def make_mask(groups: Collection[str], without: Collection[str] = ()) -> np.ndarray:
+    """[A + 1] bool, in the order of MASKED: the chosen groups but for what is in `without`.
+
+    The embeddings belong to the clip group.  Raises InputError for an unknown name.
+    """
     if unknown := set(groups) - set(GROUPS):
         raise InputError(f"--groups: unknown {sorted(unknown)}, expected some of {','.join(GROUPS)}")
-    return np.array([group in groups for group in ATTRIBUTES.values()])
+    if unknown := set(without) - set(MASKED):
+        raise InputError(f"--without: unknown {sorted(unknown)}, expected some of {','.join(MASKED)}")
+    group_of = {**ATTRIBUTES, EMBEDDINGS: "clip"}
+    return np.array([group_of[name] in groups and name not in without for name in MASKED])
+
+
+def make_gates(mask: Leaf, image: Leaf = 1.0, text: Leaf = 1.0, match: Leaf = 1.0) -> Gates:
+    """Gates of a mask [A + 1] and the sizes (root mean squares) of what comes from the embeddings."""
+    mask = jnp.asarray(mask, jnp.float32)
+    return Gates(mask[:-1], *(mask[-1] * size for size in (image, text, match)))
 
 
 def shrink(estimate: np.ndarray, variance: np.ndarray, centre: np.ndarray) -> np.ndarray:
@@ -134,12 +168,11 @@ def domain_moments(values: np.ndarray, domain: np.ndarray, domains: int) -> tupl
     return np.vstack([mean, centre]), np.vstack([scale, everyone])
 
 
-def principal_axes(vectors: np.ndarray, components: int, size: float) -> tuple[np.ndarray, np.ndarray]:
+def principal_axes(vectors: np.ndarray, components: int) -> tuple[np.ndarray, np.ndarray]:
     """Mean [d] and the leading axes [d, min(p, d)] of `vectors` [N, d] (NaN rows left out).
 
     The axes keep their proportions; together they are scaled so that the projections of `vectors`
-    have the root mean square `size`: how much the penalty lets them count.  Axes that the vectors do
-    not span are zero.
+    have the root mean square 1.  Axes that the vectors do not span are zero.
     """
     vectors = vectors[~np.isnan(vectors).any(axis=1)].astype(np.float64)
     if not vectors.size or not components:
@@ -147,19 +180,17 @@ def principal_axes(vectors: np.ndarray, components: int, size: float) -> tuple[n
     mean = vectors.mean(axis=0)
     _, values, axes = np.linalg.svd(vectors - mean, full_matrices=False)
     kept = values[:components] > 1e-6 * max(values[0], 1e-12)
-    scale = size / np.sqrt(np.mean(values[:components][kept] ** 2) / len(vectors)) if kept.any() else 0.0
+    scale = np.sqrt(len(vectors) / np.mean(values[:components][kept] ** 2)) if kept.any() else 0.0
     padded = np.zeros((vectors.shape[1], min(components, vectors.shape[1])))
     padded[:, : kept.sum()] = axes[:components][kept].T * scale
     return mean, padded
 
 
 class Settings(NamedTuple):
-    """How the embeddings become features."""
+    """How many components the embeddings become."""
 
     image_components: int
     text_components: int
-    image_size: float
-    text_size: float
 
 
 def fit(lists: Lists, words: Vocabulary, settings: Settings) -> Statistics:
@@ -176,11 +207,37 @@ def fit(lists: Lists, words: Vocabulary, settings: Settings) -> Statistics:
     fitted = Statistics(
         mean, scale, np.isnan(values).mean(axis=0),
         np.where(np.isfinite(label_scale[:, 0]), label_scale[:, 0], 1.0),
-        *principal_axes(images, settings.image_components, settings.image_size),
-        *principal_axes(texts, settings.text_components, settings.text_size),
+        *principal_axes(images, settings.image_components),
+        *principal_axes(texts, settings.text_components),
         rule.mean(), rule.std() if rule.std() > 1e-6 else 1.0,
+        *word_axes(lists, words),
     )  # fmt: skip
     return Statistics(*(np.asarray(value, np.float32) for value in fitted))
+
+
+def word_axes(lists: Lists, words: Vocabulary) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`word_axes` [V, d], `word_key` [K, V], `match_scale` [K]; K is 0 where the embeddings share no space.
+
+    What "pink" means is learned from what it adds to the queries' embeddings (ridge regression over
+    distinct queries), and found again in the images: no label is needed for it.
+    """
+    d, encoded = lists.image.shape[-1], encode(lists, words)
+    values = [token for token in words.constraints if "=" in token]
+    keys = sorted({token.split("=", 1)[0] for token in values}) if d == lists.text.shape[-1] and d else []
+    by_key = np.array([[token.startswith(f"{key}=") for token in words.constraints] for key in keys], float)
+    by_key = by_key.reshape(len(keys), len(words.constraints))
+    text, first = np.unique(lists.text, axis=0, return_index=True)
+    stated = ~np.isnan(text).any(axis=1)
+    if not keys or not stated.any():
+        return np.zeros((len(words.constraints), d)), by_key[:0], np.zeros(0)
+    wanted = encoded.wants[first][stated].astype(np.float64) * by_key.sum(axis=0)
+    centred = text[stated].astype(np.float64) - text[stated].mean(axis=0, dtype=np.float64)
+    gram = wanted.T @ wanted + RIDGE * np.eye(wanted.shape[1])
+    axes = np.linalg.solve(gram, wanted.T @ centred)
+    image = np.nan_to_num(lists.image - np.nanmean(lists.image[lists.where], axis=0))
+    matched = np.einsum("qnd,qkd->qnk", image, (encoded.wants[:, None] * by_key) @ axes)[lists.where]
+    size = np.sqrt(np.mean(matched**2, axis=0))
+    return axes, by_key, np.where(size > 1e-9, size, np.inf)
 
 
 def rule_score(attributes: Leaf, names: Collection[str]) -> Leaf:
@@ -195,30 +252,40 @@ def fill(statistics: Statistics, encoded: Encoded) -> jax.Array:
     return jnp.where(jnp.isnan(encoded.attributes), mean, encoded.attributes)
 
 
-def featurize(statistics: Statistics, encoded: Encoded, mask: jax.Array) -> Features:
-    """Model input of one list; attributes outside `mask` [A] bool are taken out everywhere.
-
-    Without the clip group (its `clip_score` masked) the embeddings are out as well.
-    """
+def featurize(statistics: Statistics, encoded: Encoded) -> Features:
+    """Model input of one list; a missing value stands at its domain's training mean."""
     statistics = jax.tree.map(jnp.asarray, statistics)
-    mean, scale = statistics.mean[encoded.domain][None], statistics.scale[encoded.domain][None]
+    mean, scale = statistics.mean[encoded.domain], statistics.scale[encoded.domain][None]
     # What training never saw has no weight: it must not move a score once it appears.
     seen = statistics.missing < 1
-    raw = jnp.where(mask & seen, fill(statistics, encoded), mean)
-    standard = jnp.clip((raw - mean) / scale, -WINSOR, WINSOR)
-    varies = (statistics.missing > 0) & (statistics.missing < 1)
-    indicator = jnp.where(mask & varies, jnp.isnan(encoded.attributes) - statistics.missing[None], 0.0)
-    base = (rule_score(raw, NAMES) - statistics.rule_mean) / statistics.rule_scale
-    probability = jnp.clip(raw[:, _CONFLICT_PROB], 0.01, 0.99)
+    raw = jnp.where(seen, fill(statistics, encoded), mean)
+    standard = jnp.clip((raw - mean[None]) / scale, -WINSOR, WINSOR)
+    varies = (statistics.missing > 0) & seen
+    indicator = jnp.where(varies, jnp.isnan(encoded.attributes) - statistics.missing[None], 0.0)
+    weights = np.array(list(RULE.values()), np.float32)
+    rule = (raw - mean[None])[:, _RULE] * weights[None] / statistics.rule_scale
+    centre = (jnp.sum(mean[jnp.array(_RULE)] * weights) - statistics.rule_mean) / statistics.rule_scale
+    logit = lambda p: jax.scipy.special.logit(jnp.clip(p, 0.01, 0.99)) * seen[_CONFLICT_PROB]
+    usual = logit(mean[_CONFLICT_PROB])
     inside = lambda values: jnp.where(encoded.where[:, None], values, 0.0)
-    project = lambda x, centre, axes: jnp.nan_to_num(x - jnp.broadcast_to(centre, x.shape)) @ axes
-    image = project(encoded.image, statistics.image_mean, statistics.image_axes)
-    text = project(encoded.text, statistics.text_mean, statistics.text_axes)
-    clip = mask[NAMES.index("clip_score")]
+    centred = lambda x, centre: jnp.nan_to_num(x - jnp.broadcast_to(centre, x.shape))
+    image = centred(encoded.image, statistics.image_mean)
+    meant = (statistics.word_key * encoded.wants[None]) @ statistics.word_axes  # [K, d]
     return Features(
-        query=jnp.concatenate([jnp.ones(1), text * clip, encoded.wants]),
-        image=inside(image * clip),
+        wants=jnp.concatenate([jnp.ones(1), encoded.wants]),
+        text=centred(encoded.text, statistics.text_mean) @ statistics.text_axes,
+        image=inside(image @ statistics.image_axes),
+        match=inside(image @ meant.T / statistics.match_scale[None]),
         attributes=inside(jnp.concatenate([standard, indicator], axis=1)),
-        base=inside(jnp.stack([base, jax.scipy.special.logit(probability) * seen[_CONFLICT_PROB]], axis=1)),
+        rule=inside(rule),
+        conflict=jnp.where(encoded.where, logit(raw[:, _CONFLICT_PROB]) - usual, 0.0),
+        centre=jnp.stack([centre, usual]),
         where=encoded.where,
     )
+
+
+def base_logits(features: Features, gates: Gates) -> jax.Array:
+    """[n, 2] Step 4's own view of a list: its rule, and the logit of its conflict probability."""
+    rule = features.rule @ gates.attributes[jnp.array(_RULE)]
+    conflict = features.conflict * gates.attributes[_CONFLICT_PROB]
+    return jnp.stack([rule, conflict], axis=1) + features.centre[None]

@@ -1,4 +1,4 @@
-"""From labelled lists to a finished model: statistics, lanes, epochs, calibration."""
+"""From labelled lists to a finished model: statistics, views, calibration."""
 
 import dataclasses
 from collections.abc import Callable
@@ -6,13 +6,12 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from cotrr.data.lists import Lists
 from cotrr.errors import InputError
 from cotrr.ranker import artifact, calibration, features, training
-from cotrr.ranker.training import Lanes, State, TrainConfig, Trainer
-
-PAIRS_LIMIT = 8e9  # bytes of pair matrices in one step
+from cotrr.ranker.training import State, Train, TrainConfig, Views
 
 
 class Development(NamedTuple):
@@ -24,49 +23,43 @@ class Development(NamedTuple):
 
 
 class Setup(NamedTuple):
-    """A training run that is ready to start, with L lanes."""
+    """What lanes of one development are trained on, as F views."""
 
     config: TrainConfig
     development: Development
     vocabulary: features.Vocabulary
-    statistics: features.Statistics  # leaves [L, ...]: each lane's, from the rows it learns from
+    statistics: features.Statistics  # leaves [F, ...]: each view's, from the rows it learns from
     encoded: features.Encoded  # leaves [Q, ...]
-    mask: np.ndarray  # [A] bool
-    lanes: Lanes
-    trainer: Trainer
+    views: Views
+    train: Train
 
 
-def set_up(development: Development, config: TrainConfig, metric: Callable[..., jax.Array]) -> Setup:
-    """Fits each lane's statistics on the rows it learns from and builds the trainer.
+def set_up(
+    development: Development,
+    config: TrainConfig,
+    metric: Callable[..., jax.Array],
+    mesh: Mesh | None = None,
+) -> Setup:
+    """Fits each view's statistics on the rows it learns from, and prepares the training of lanes.
 
     Raises InputError where there is nothing to learn from or nothing held out.
     """
     lists = development.lists
-    lanes = training.make_lanes(lists, development.canonical_id, development.validation, config)
-    _check(lanes, config)
-    _check_memory(lists, lanes, config)
-    mask = features.group_mask(config.groups.split(","))
-    words = features.vocabulary(_rows(lists, lanes.train[-1]))
-    settings = features.Settings(
-        config.image_components, config.text_components, config.image_size, config.text_size
-    )
-    # Members of one fold learn from the same rows, and stand together.
-    fitted = [features.fit(_rows(lists, rows), words, settings) for rows in lanes.train[:: config.members]]
-    stack = lambda *parts: np.repeat(np.stack(parts), config.members, axis=0)
-    statistics = features.Statistics(*map(stack, *fitted))
+    views = training.make_views(lists, development.canonical_id, development.validation, config.folds)
+    _check(views, config)
+    words = features.vocabulary(_rows(lists, views.train[-1]))
+    settings = features.Settings(config.image_components, config.text_components)
+    fitted = [features.fit(_rows(lists, rows), words, settings) for rows in views.train]
+    statistics = features.Statistics(*map(lambda *parts: np.stack(parts), *fitted))
     encoded = features.encode(lists, words)
-    inputs = featurize_lanes(statistics, encoded, mask)
     scale = statistics.label_scale[:, encoded.domain]
-    examples = training.make_examples(lists, inputs, scale, lanes)
-    hparams = training.hyperparameters(config, len(lanes.final))
-    trainer = training.make_train(config, examples, hparams, metric)
-    return Setup(config, development, words, statistics, encoded, mask, lanes, trainer)
+    examples = training.make_examples(lists, featurize_views(statistics, encoded), scale, views)
+    train = training.make_train(config, examples, metric, mesh)
+    return Setup(config, development, words, statistics, encoded, views, train)
 
 
-# [L, Q, ...] features of each query by each lane's statistics
-featurize_lanes = jax.jit(
-    jax.vmap(jax.vmap(features.featurize, in_axes=(None, 0, None)), in_axes=(0, None, None))
-)
+# [F, Q, ...] features of each query by each view's statistics
+featurize_views = jax.jit(jax.vmap(jax.vmap(features.featurize, in_axes=(None, 0)), in_axes=(0, None)))
 
 
 def _rows(lists: Lists, where: np.ndarray) -> Lists:
@@ -74,63 +67,84 @@ def _rows(lists: Lists, where: np.ndarray) -> Lists:
     return lists._replace(where=where).take(np.flatnonzero(where.any(axis=1)))
 
 
-def _check(lanes: Lanes, config: TrainConfig) -> None:
-    empty = ~lanes.train.any(axis=(1, 2))
+def _check(views: Views, config: TrainConfig) -> None:
+    empty = ~views.train.any(axis=(1, 2))
     if empty.any():
         raise InputError(
-            f"{empty.sum()} of {len(empty)} lanes have no labelled rows to learn from",
+            f"{empty.sum()} of {len(empty)} views have no labelled rows to learn from",
             field="y",
             remedy="Give more data, or fewer --folds",
         )
-    idle = ~lanes.held_out.any(axis=(1, 2)) & (~lanes.final if config.folds else True)
+    idle = ~views.held_out.any(axis=(1, 2))[: config.folds or 1]
     if idle.any():
         raise InputError(
-            f"{idle.sum()} of {len(idle)} lanes have no labelled rows held out for validation",
+            f"{idle.sum()} of {len(idle)} views have no labelled rows held out for validation",
             field="y",
             remedy="Without a validation split use --folds=5; with little data fewer folds",
         )
 
 
-def _check_memory(lists: Lists, lanes: Lanes, config: TrainConfig) -> None:
-    """The pair matrices of one step must fit: all lists of a batch are padded to the longest."""
-    queries, longest = lists.where.shape
-    size = 3 * 4 * len(lanes.final) * min(config.batch_queries, queries) * longest**2
-    if size > PAIRS_LIMIT:
-        query = lists.query_id[lists.where.sum(axis=1).argmax()]
-        raise InputError(
-            f"a step would need about {size / 1e9:.0f} GB for pairs of candidates: query {query!r} has "
-            f"{longest:,}",
-            field="query_id",
-            remedy="Set a smaller --batch_queries, or fewer --folds",
-        )
+class HeldOut(NamedTuple):
+    """The N held-out rows by a model that has seen neither their query nor their picture."""
+
+    rank: np.ndarray  # [N] logit of each head, mean over the members
+    conflict: np.ndarray  # [N]
+    y: np.ndarray  # [N]
+    is_conflict: np.ndarray  # [N] NaN where unknown
+    query: np.ndarray  # [N] int
+    fold: np.ndarray  # [N] int
 
 
-def finish(setup: Setup, state: State, name: str, provenance: dict[str, Any]) -> artifact.Model:
-    """Calibrates on held-out rows and assembles the model.
-
-    A held-out row's logit is the mean over the lanes that hold it out, none of which has learned
-    from its query or its picture.
-    """
-    lists, config = setup.development.lists, dataclasses.asdict(setup.config)
+def held_out(setup: Setup, model: artifact.Model) -> HeldOut:
+    """Each held-out row as the members of the view that holds it out score it."""
+    lists, rows = setup.development.lists, setup.views.held_out.any(axis=0)
     scores = artifact.lane_scores(
-        state.best_params, setup.statistics, setup.encoded, setup.mask, hidden=setup.config.hidden
-    )
-    held_out = setup.lanes.held_out
-    rows = held_out.any(axis=0)
-    count = np.maximum(held_out.sum(axis=0), 1)
-    mean = lambda part: (np.where(held_out, np.asarray(part, np.float64), 0).sum(axis=0) / count)[rows]
-    query = np.nonzero(rows)[0]
-    fold = held_out.argmax(axis=0)[rows] if setup.config.folds else query % 2
-    fitted = calibration.fit(
-        mean(scores.rank), mean(scores.conflict),
-        lists.y[rows].astype(np.float64), lists.conflict[rows].astype(np.float64), query, fold,
+        model.params, model.statistics, setup.encoded, artifact.mask_of(model.config),
+        hidden=model.config["hidden"],
     )  # fmt: skip
-    kinds = lists.gold[rows]
-    provenance = provenance | {"calibrated_on": "gold" if kinds.all() else "silver"}
+    view = setup.views.held_out.argmax(axis=0)[rows]
+    query, place = np.nonzero(rows)
+
+    def of_rows(part: jax.Array) -> np.ndarray:
+        by_view = np.asarray(part, np.float64).reshape(len(setup.views.held_out), -1, *rows.shape)
+        return by_view.mean(axis=1)[view, query, place]
+
+    return HeldOut(
+        of_rows(scores.rank), of_rows(scores.conflict),
+        lists.y[rows].astype(np.float64), lists.conflict[rows].astype(np.float64),
+        query, view if setup.config.folds else query % 2,
+    )  # fmt: skip
+
+
+def finish(
+    setup: Setup, state: State, config: TrainConfig, name: str, provenance: dict[str, Any]
+) -> artifact.Model:
+    """The model of one config from the states [V] of its members, calibrated on held-out rows."""
+    lists, members, views = setup.development.lists, len(state.best), len(setup.views.train)
+    size = lambda axes, by: np.asarray(axes) * np.float32(by)
+    statistics = setup.statistics._replace(
+        image_axes=size(setup.statistics.image_axes, config.image_size),
+        text_axes=size(setup.statistics.text_axes, config.text_size),
+        # A size of 0 takes them out: nothing is infinitely far from 0.
+        match_scale=size(
+            setup.statistics.match_scale, 1 / config.match_size if config.match_size else np.inf
+        ),
+    )
     learned = lists.labelled
-    seen = {
-        "query_id": artifact.hashes("query_id", lists.query_id[learned.any(axis=1)]),
-        "canonical_id": artifact.hashes("canonical_id", setup.development.canonical_id[learned]),
-    }
-    return artifact.Model(name, config, setup.vocabulary, setup.statistics, state.best_params,
-                          setup.lanes.final, fitted, provenance, seen)  # fmt: skip
+    judged = setup.views.held_out.any(axis=0)
+    model = artifact.Model(
+        name=name,
+        config=dataclasses.asdict(config),
+        vocabulary=setup.vocabulary,
+        # Members of one view stand together.
+        statistics=jax.tree.map(lambda part: np.repeat(part, members, axis=0), statistics),
+        params=jax.tree.map(lambda part: np.concatenate(np.asarray(part).swapaxes(0, 1)), state.best_params),
+        final=np.arange(views * members) >= (views - 1) * members,
+        calibration=calibration.NONE,
+        provenance=provenance | {"calibrated_on": "gold" if lists.gold[judged].all() else "silver"},
+        seen={
+            "query_id": artifact.hashes("query_id", lists.query_id[learned.any(axis=1)]),
+            "canonical_id": artifact.hashes("canonical_id", setup.development.canonical_id[learned]),
+        },
+    )
+    return model._replace(calibration=calibration.fit(*held_out(setup, model)))

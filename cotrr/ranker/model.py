@@ -1,13 +1,12 @@
 """CoTRR-lite: one Flax module that scores a list of candidates; the only file that imports flax."""
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from cotrr.ranker.features import Features
+from cotrr.ranker.features import Features, Gates, base_logits
 
 Params = Any
 
@@ -30,22 +29,39 @@ class Reranker(nn.Module):
     hidden: int = 0
 
     @nn.compact
-    def __call__(self, features: Features, dropout: float | jax.Array = 0.0) -> Scores:
+    def __call__(self, features: Features, gates: Gates, dropout: float | jax.Array = 0.0) -> Scores:
         """Scores of one list; `dropout` > 0 needs an rng of that name."""
-        query = features.query
-        candidate = jnp.concatenate([features.attributes, features.image], axis=-1)  # [n, c]
-        width = candidate.shape[-1]
-        from_zero = partial(nn.Dense, kernel_init=nn.initializers.zeros_init())
+        query = jnp.concatenate([features.wants, features.text])
+        candidate = jnp.concatenate([features.attributes, features.image, features.match], axis=-1)  # [n, c]
+        # The gates scale weights and not features: lanes that differ in them share every product
+        # with the features.
+        wide = lambda gate, width: jnp.broadcast_to(gate, (width,))
+        query_gate = jnp.concatenate(
+            [jnp.ones(features.wants.shape), wide(gates.text, features.text.shape[-1])]
+        )[:, None]
+        candidate_gate = jnp.concatenate(
+            [
+                gates.attributes,
+                gates.attributes,
+                wide(gates.image, features.image.shape[-1]),
+                wide(gates.match, features.match.shape[-1]),
+            ]
+        )[:, None]
 
-        weights = from_zero(2 * width, use_bias=False, name="query_weights")(query).reshape(width, 2)
-        logits = candidate @ weights + from_zero(2, name="query_offset")(query)[None]
+        zeros, random = nn.initializers.zeros_init(), nn.initializers.lecun_normal()
+        weights = self.param("query_weights", zeros, (len(query), candidate.shape[-1], 2))
+        offset = self.param("query_offset", zeros, (len(query), 2))
+        weights = jnp.tensordot(query, weights * query_gate[:, None] * candidate_gate[None], axes=1)
+        logits = candidate @ weights + (query @ (offset * query_gate))[None]
         if self.hidden:
-            context = nn.Dense(self.hidden, use_bias=False, name="query_hidden")(query)[None]
-            hidden = nn.gelu(nn.Dense(self.hidden, name="candidate_hidden")(candidate) + context)
-            hidden = _drop(self, hidden, dropout)
-            logits = logits + from_zero(2, use_bias=False, name="heads")(hidden)
+            of_query = self.param("query_hidden", random, (len(query), self.hidden))
+            of_candidate = self.param("candidate_hidden", random, (candidate.shape[-1], self.hidden))
+            hidden = candidate @ (of_candidate * candidate_gate) + (query @ (of_query * query_gate))[None]
+            hidden = _drop(self, nn.gelu(hidden), dropout)
+            logits = logits + hidden @ self.param("heads", zeros, (self.hidden, 2))
+        logits = logits + self.param("bias", zeros, (2,))[None]
         base_scale = self.param("base_scale", nn.initializers.ones_init(), (2,))
-        logits = logits + base_scale[None] * features.base
+        logits = logits + base_scale[None] * base_logits(features, gates)
         return Scores(rank=logits[:, 0], conflict=logits[:, 1])
 
 
@@ -60,6 +76,6 @@ def _drop(module: nn.Module, values: jax.Array, rate: float | jax.Array) -> jax.
 def squared_norm(params: Params) -> jax.Array:
     """Σ w² of what is shrunk to zero: all but the scale of the base and the constant offset."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    free = ("['base_scale']", "['query_offset']['bias']")
+    free = ("['base_scale']", "['bias']")
     shrunk = [v for path, v in leaves if not jax.tree_util.keystr(path).endswith(free)]
     return jnp.sum(jnp.stack([jnp.sum(value**2) for value in shrunk]))

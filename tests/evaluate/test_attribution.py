@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 
 from cotrr.evaluate import attribution
-from cotrr.evaluate.attribution import IMAGE, explain, owen_game, shapley_weight
-from cotrr.ranker import artifact, features, fitting
+from cotrr.evaluate.attribution import explain, owen_game, shapley_weight
+from cotrr.ranker import artifact, features, fitting, training
+from cotrr.ranker.features import EMBEDDINGS
 from cotrr.ranker.training import TrainConfig
 from tests.ranker.synthetic import development, randomised
 
 PAIRS = np.arange(6), np.zeros(6, int), np.arange(6) % 5 + 1  # query, first, second
 
 
-def make_model(hidden=0, groups="clip,so,conflict", members=2, missing=False):
+def make_model(hidden=0, groups="clip,so,conflict", members=2, missing=False, without=""):
     """A model with random parameters on synthetic lists of few attributes."""
     data = development(d=3)
     kept = [
@@ -29,12 +30,13 @@ def make_model(hidden=0, groups="clip,so,conflict", members=2, missing=False):
         attributes[3, [2, 4], kept[1]] = np.nan
     data = data._replace(lists=data.lists._replace(attributes=attributes))
     config = TrainConfig(
-        folds=2, members=members, hidden=hidden, groups=groups, image_components=2, text_components=2
-    )
+        folds=2, members=members, hidden=hidden, groups=groups, without=without,
+        image_components=2, text_components=2,
+    )  # fmt: skip
     setup = fitting.set_up(data, config, lambda scores, y, *, where: scores.sum())
-    state = setup.trainer.init(jax.random.key(0))
+    state = jax.eval_shape(training.init_lanes, setup.train, training.make_lanes([config]))
     state = state._replace(best_params=randomised(state.params))
-    return fitting.finish(setup, state, "model", {}), data.lists
+    return fitting.finish(setup, state, config, "model", {}), data.lists
 
 
 def margins(model, lists, query, first, second, absent):
@@ -47,7 +49,7 @@ def margins(model, lists, query, first, second, absent):
         a = features.NAMES.index(name)
         blurred[..., a] = mean[:, None, a]
     image = lists.image
-    if IMAGE in absent:
+    if EMBEDDINGS in absent:
         image = np.broadcast_to(np.asarray(model.statistics.image_mean)[member], image.shape)
     logit = artifact.score(model, lists._replace(attributes=blurred, image=image)).logit
     return logit[query, first] - logit[query, second]
@@ -94,7 +96,7 @@ def test_attributes_add_up_to_groups_and_groups_to_the_margin(game):
 
 def test_groups_have_the_shapley_values_of_the_game_between_groups(game):
     _, found, worth = game
-    owner = features.ATTRIBUTES | {IMAGE: "clip"}
+    owner = features.ATTRIBUTES | {EMBEDDINGS: "clip"}
     inside = lambda there: frozenset(p for p in found.attributes if owner[p] in there)
     expected = brute_force(lambda there: worth(inside(there)), list(found.groups))
     for group, values in expected.items():
@@ -103,7 +105,7 @@ def test_groups_have_the_shapley_values_of_the_game_between_groups(game):
 
 def test_attributes_have_the_values_of_all_orders_that_keep_groups_together(game):
     hidden, found, worth = game
-    owner = {p: (features.ATTRIBUTES | {IMAGE: "clip"})[p] for p in found.attributes}
+    owner = {p: (features.ATTRIBUTES | {EMBEDDINGS: "clip"})[p] for p in found.attributes}
     owen, plain = (brute_force(worth, list(owner), groups) for groups in (owner, None))
     for player in owner:
         np.testing.assert_allclose(found.attributes[player], owen[player], atol=1e-5)
@@ -122,6 +124,27 @@ def test_players_are_what_the_model_uses_and_has_seen():
     logit = artifact.score(model, lists).logit
     query, first, second = PAIRS
     np.testing.assert_allclose(found.margin, logit[query, first] - logit[query, second], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("without", "groups"),
+    [
+        ("conflict_prob", {"clip", "so"}),
+        ("clip_score,subject_ratio", {"clip", "so", "conflict"}),
+        ("embeddings", {"clip", "so", "conflict"}),
+    ],
+)
+def test_what_the_model_was_trained_without_is_no_player(without, groups):
+    model, lists = make_model(without=without)
+    found = explain(model, lists, *PAIRS)
+    everyone = {"clip_score", "subject_ratio", "compliance_score", "conflict_prob", EMBEDDINGS}
+    assert set(found.attributes) == everyone - set(without.split(","))
+    assert set(found.groups) == groups
+    logit = artifact.score(model, lists).logit
+    query, first, second = PAIRS
+    np.testing.assert_allclose(found.margin, logit[query, first] - logit[query, second], atol=1e-5)
+    np.testing.assert_allclose(sum(found.attributes.values()), found.margin, atol=1e-5)
+    np.testing.assert_allclose(sum(found.groups.values()), found.margin, atol=1e-5)
 
 
 def test_members_are_averaged_and_missing_values_belong_to_their_attribute():

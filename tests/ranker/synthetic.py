@@ -63,6 +63,19 @@ def padded(lists: Lists, extra: int, garbage: float = np.nan) -> Lists:
     return Lists(*(pad(name, values) for name, values in lists._asdict().items()))
 
 
+def without(lists: Lists, masked, seed: int = 0) -> Lists:
+    """The lists with noise and holes for the attributes (and embeddings) that `masked` [A + 1] marks."""
+    rng = np.random.default_rng(seed)
+    off = np.asarray(masked, bool)
+    noise = rng.normal(size=lists.attributes.shape) * 3
+    noise[rng.uniform(size=noise.shape) < 0.2] = np.nan
+    lists = lists._replace(attributes=np.where(off[:-1], noise, lists.attributes).astype(np.float32))
+    if not off[-1]:
+        return lists
+    other = lambda values: (rng.normal(size=values.shape) * 3).astype(np.float32)
+    return lists._replace(image=other(lists.image), text=other(lists.text))
+
+
 def randomised(params, seed: int = 1):
     """Parameters of the same shapes with random numbers: at initialisation most are zero."""
     rng = np.random.default_rng(seed)
@@ -73,4 +86,17 @@ def assert_same_bits(one, other) -> None:
     """Two trees of arrays are equal to the last bit, NaN included."""
     assert jax.tree.structure(one) == jax.tree.structure(other)
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
-        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+        np.testing.assert_array_equal(numbers(a), numbers(b))
+
+
+def assert_close(one, other, atol: float = 1e-5) -> None:
+    """Two trees of arrays agree, NaN included; keys to the last bit."""
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_allclose(numbers(a), numbers(b), rtol=1e-5, atol=atol)
+
+
+def numbers(value) -> np.ndarray:
+    """The array, of a typed key its data: slicing a key is using it up."""
+    is_key = jax.dtypes.issubdtype(getattr(value, "dtype", float), jax.dtypes.prng_key)
+    return np.asarray(jax.random.key_data(value) if is_key else value)

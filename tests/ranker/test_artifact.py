@@ -13,34 +13,43 @@ from cotrr import files
 from cotrr.data.contract import ATTRIBUTES
 from cotrr.errors import InputError
 from cotrr.ranker import artifact, features, fitting
-from cotrr.ranker.calibration import Calibration, Platt
+from cotrr.ranker.calibration import Calibration, Choice, Intervals, Platt, pack
 from cotrr.ranker.model import Reranker
-from tests.ranker.synthetic import assert_same_bits, development, padded, randomised
+from tests.ranker.synthetic import assert_same_bits, development, padded, randomised, without
 
 DATA = development()
 LISTS = DATA.lists
-MASK = features.group_mask(features.GROUPS)
+MASK = features.make_mask(features.GROUPS)
+CALIBRATION = Calibration(
+    rank=Platt(0.5, -0.2),
+    conflict=Platt(0.4, -1.0),
+    intervals=Intervals((0.2, 0.5, 0.8), (0.1, 0.3, 0.6), (0.4, 0.7, 0.95), 0.02),
+    queries=20,
+    choices={
+        "rank": Choice("platt", {"platt": 0.61, "beta": 0.62}),
+        "conflict": Choice("platt", {"platt": 0.3}),
+    },
+)
 
 
 def make_model(hidden=4, lists=LISTS):
     """Two fold lanes and two final members: random parameters, and each its own statistics."""
     words = features.vocabulary(lists)
     quarters = [lists.take(np.flatnonzero(np.arange(24) % 4 != k)) for k in range(4)]
-    fitted = [features.fit(part, words, features.Settings(4, 3, 0.6, 0.1)) for part in quarters]
+    fitted = [features.fit(part, words, features.Settings(4, 3)) for part in quarters]
     statistics = features.Statistics(*(np.stack(part) for part in zip(*fitted, strict=True)))
-    inputs = fitting.featurize_lanes(statistics, features.encode(lists, words), MASK)
+    inputs = fitting.featurize_views(statistics, features.encode(lists, words))
     keys = jax.random.split(jax.random.key(0), 4)
     one = jax.tree.map(lambda x: x[0, 0], inputs)
-    init = jax.vmap(Reranker(hidden=hidden).init, in_axes=(0, None))
-    params = jax.eval_shape(init, keys, one)  # the shapes are all that is wanted
-    calibration = Calibration(Platt(0.5, -0.2), Platt(0.4, -1.0), 0.15, 20)
+    init = jax.vmap(Reranker(hidden=hidden).init, in_axes=(0, None, None))
+    params = jax.eval_shape(init, keys, one, features.make_gates(MASK))  # the shapes are all that is wanted
     pictures = DATA.canonical_id[:16][lists.where[:16]]
     seen = {"query_id": artifact.hashes("query_id", lists.query_id[:16]),
             "canonical_id": artifact.hashes("canonical_id", pictures)}  # fmt: skip
     params = jax.tree.map(lambda x: 0.3 * x, randomised(params))
-    return artifact.Model("light", {"groups": "clip,so,conflict", "hidden": hidden, "rate": 1e-3}, words,
-                          statistics, params, np.array([False, False, True, True]), calibration,
-                          {"best_epoch": 3}, seen)  # fmt: skip
+    config = {"groups": "clip,so,conflict", "without": "", "hidden": hidden, "rate": 1e-3}
+    return artifact.Model("light", config, words, statistics, params, np.array([False, False, True, True]),
+                          CALIBRATION, {"best_epoch": 3}, seen)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -97,12 +106,16 @@ def test_models_that_differ_in_anything_have_different_versions(model, tmp_path)
         "none": {},
         "rank": {"calibration": calibration._replace(rank=Platt(0.5, -0.2 + 1e-12))},
         "conflict": {"calibration": calibration._replace(conflict=Platt(0.41, -1.0))},
-        "radius": {"calibration": calibration._replace(radius=0.16)},
+        "margin": {
+            "calibration": calibration._replace(intervals=calibration.intervals._replace(margin=0.03))
+        },
+        "choices": {"calibration": calibration._replace(choices={})},
         "queries": {"calibration": calibration._replace(queries=21)},
         "params": {"params": plus_one(model.params)},
         "statistics": {"statistics": plus_one(model.statistics)},
         "final": {"final": ~model.final},
         "config": {"config": model.config | {"groups": "so,conflict"}},
+        "without": {"config": model.config | {"without": "brightness"}},
         "vocabulary": {"vocabulary": model.vocabulary._replace(domains=("d0", "d2"))},
         "provenance": {"provenance": {"best_epoch": 4}},
         "seen": {"seen": model.seen | {"query_id": model.seen["query_id"][1:]}},
@@ -150,7 +163,7 @@ def changed(value):
     """Other values, near and far."""
     match value:
         case str():
-            return [value + "x", value[1:], None]
+            return [value + "x", value[1:] or "y", None]
         case int():
             return [value + 1, -value - 1, float(value), str(value), None]
         case float():
@@ -163,7 +176,7 @@ def changed(value):
 def test_any_change_of_any_value_is_refused(folder):
     path, text = folder / "model.json", (folder / "model.json").read_text()
     places = paths_in(json.loads(text))
-    assert ("calibration", "radius") in places and ("vocabulary", "domains", 1) in places
+    assert ("calibration", "intervals", "margin") in places and ("vocabulary", "domains", 1) in places
     for *parents, last in places:
         inside = lambda facts, parents=parents: functools.reduce(operator.getitem, parents, facts)
         variants = []
@@ -199,7 +212,7 @@ def test_no_folder(tmp_path):
 
 def test_other_attributes_or_format_are_refused(folder):
     kept = (folder / "model.json").read_text()
-    for changes in ({"attributes": [*ATTRIBUTES][::-1]}, {"format": 2}):
+    for changes in ({"attributes": [*ATTRIBUTES][::-1]}, {"format": 1}, {"format": 3}):
         change_facts(folder, **changes)
         with pytest.raises(InputError, match=r"model\.json: saved by another version"):
             artifact.load(folder)
@@ -214,7 +227,9 @@ def test_broken_json_is_named(folder, text):
 
 
 @pytest.mark.parametrize("changes", [
-    {"files": []}, {"files": {}}, {"calibration": None}, {"calibration": {"radius": "wide"}}, {"format": []},
+    {"calibration": pack(CALIBRATION._replace(rank=Platt(-0.5, 0.0)))},
+    {"calibration": {"intervals": "wide"}}, {"calibration": None},
+    {"files": []}, {"files": {}}, {"format": []},
 ])  # fmt: skip
 def test_other_facts_under_a_version_that_goes_with_them_are_named(folder, changes):
     change_facts(folder, **changes)
@@ -240,9 +255,11 @@ def test_scores_are_probabilities_inside_their_interval(model):
             assert (part[~LISTS.where] == (-np.inf if name == "logit" else 0)).all(), name
         for part in scored[:5]:
             assert part.min() >= 0 and part.max() <= 1
-        assert (scored.low <= scored.score).all() and (scored.score <= scored.high).all()
+        assert (scored.low <= scored.high).all()
+        for ends, mine in zip(CALIBRATION.intervals(scored.score), (scored.low, scored.high), strict=True):
+            np.testing.assert_allclose(mine[LISTS.where], ends[LISTS.where], atol=1e-12)
     width = (scored.high - scored.low)[LISTS.where]
-    assert width.max() == pytest.approx(2 * 0.15) and (width < 2 * 0.15 - 1e-6).any()
+    assert np.ptp(width) > 0.01  # not the same everywhere
 
 
 def test_scores_by_hand(model):
@@ -254,8 +271,8 @@ def test_scores_by_hand(model):
 
     def one(lane):  # by its own statistics
         params, fitted = jax.tree.map(lambda x: x[lane], (model.params, model.statistics))
-        query = features.featurize(fitted, jax.tree.map(lambda x: x[q], encoded), MASK)
-        return Reranker(hidden=4).apply(params, query)
+        query = features.featurize(fitted, jax.tree.map(lambda x: x[q], encoded))
+        return Reranker(hidden=4).apply(params, query, features.make_gates(MASK))
 
     rank = np.array([float(one(lane).rank[i]) for lane in range(4)])
     conflict = np.array([float(one(lane).conflict[i]) for lane in range(4)])
@@ -264,7 +281,8 @@ def test_scores_by_hand(model):
     score = expit(0.5 * rank[2:].mean() - 0.2)
     expected = {
         "logit": rank[2:].mean(), "score": score, "std": np.std(expit(0.5 * rank - 0.2)),
-        "low": max(score - 0.15, 0), "high": min(score + 0.15, 1),
+        "low": np.interp(score, [0.2, 0.5, 0.8], [0.1, 0.3, 0.6]) - 0.02,
+        "high": np.interp(score, [0.2, 0.5, 0.8], [0.4, 0.7, 0.95]) + 0.02,
         "p_conflict": expit(0.4 * conflict[2:].mean() - 1.0),
     }  # fmt: skip
     for name, value in expected.items():
@@ -323,8 +341,9 @@ def test_a_field_absent_in_training_and_present_later_changes_no_score(names):
     scored = artifact.score(model, lists)
     assert np.ptp(scored.score[LISTS.where]) > 0.01
     assert_same_bits(artifact.score(model, LISTS)._asdict(), scored._asdict())
-    inputs = fitting.featurize_lanes(model.statistics, features.encode(LISTS, model.vocabulary), MASK)
-    assert (np.asarray(inputs.base)[..., 1] == 0).all() == ("conflict_prob" in names)
+    inputs = fitting.featurize_views(model.statistics, features.encode(LISTS, model.vocabulary))
+    nothing = (np.asarray(inputs.conflict) == 0).all() and (np.asarray(inputs.centre)[..., 1] == 0).all()
+    assert nothing == ("conflict_prob" in names)
     assert not np.array_equal(artifact.score(make_model(), LISTS).score, scored.score)
 
 
@@ -351,10 +370,28 @@ def test_no_lists_and_empty_lists(model):
     assert (empty.score == 0).all() and (empty.high == 0).all() and (empty.logit == -np.inf).all()
 
 
-def test_groups_of_the_config_are_those_scored_with(model):
-    off = model._replace(config=model.config | {"groups": "so,conflict"})
-    other = LISTS._replace(image=1 - LISTS.image, text=1 - LISTS.text)
+@pytest.mark.parametrize(
+    "changes", [{"groups": "so,conflict"}, {"groups": "clip"}, {"without": "compliance_score, brightness"},
+                {"groups": "clip, so", "without": "embeddings"}],
+)  # fmt: skip
+def test_what_the_config_masks_is_not_scored_with(model, changes):
+    off = model._replace(config=model.config | changes)
+    mask = artifact.mask_of(off.config)
+    names = changes.get("without", "").replace(" ", "").split(",")
+    assert [name for name in features.MASKED if name in names] == [
+        name for name, on in zip(features.MASKED, mask, strict=True) if not on and name in names
+    ]
+    other = without(LISTS, ~mask)
     assert_same_bits(artifact.score(off, LISTS)._asdict(), artifact.score(off, other)._asdict())
+    assert np.abs(artifact.score(model, LISTS).score - artifact.score(model, other).score).max() > 0.01
+    assert np.abs(artifact.score(model, LISTS).score - artifact.score(off, LISTS).score).max() > 0.01
+
+
+def test_masks_of_configs_by_hand():
+    mask = artifact.mask_of({"groups": "clip, conflict", "without": "embeddings,soft_conflicts"})
+    seen = [name for name, on in zip(features.MASKED, mask, strict=True) if on]
+    conflict = [name for name in ATTRIBUTES if ATTRIBUTES[name] == "conflict"]
+    assert seen == ["clip_score", *conflict[:-1]] and conflict[-1] == "soft_conflicts"
 
 
 def test_overlap_counts_distinct_ids(model, folder):

@@ -1,0 +1,162 @@
+r"""What each part of CoTRR-lite is worth: every ablation is a lane of one program, judged on the test split.
+
+    python -m experiments.ablate --data=data/cotrr --workdir=checkpoints/ablation \
+        --flagfile=experiments/recipes/cotrr_lite.flags
+
+Rows: Step 4's own ladder; trained on CLIP alone, +SO, +SO+Conflict; without each group and each attribute;
+other losses; without each head.  Each is compared with the full model on the same resamples, all together by
+max-T.  Writes ablation.json, ablation.md and TensorBoard logs.
+"""
+
+import dataclasses
+import pathlib
+from functools import partial
+from typing import Any
+
+import numpy as np
+from absl import flags
+
+from cotrr import devices, files
+from cotrr.config import dataclass_from_flags, flags_from_dataclass, launch
+from cotrr.data import dataset
+from cotrr.data.contract import ATTRIBUTES, GROUPS
+from cotrr.data.lists import Lists
+from cotrr.evaluate import figures, probabilities, ranking, systems
+from cotrr.evaluate.metrics import ndcg
+from cotrr.evaluate.ranking import System
+from cotrr.evaluate.report import figure_text, metric_name, p_text
+from cotrr.ranker import artifact, features, fitting, search, training
+from cotrr.ranker.training import TrainConfig, names
+from experiments import loop
+from experiments.loop import Loop
+from experiments.terminal import done, say
+
+FLAGS = flags.FLAGS
+FULL = "full"
+SHOWN = ("compliance@1", "compliance@3", "ndcg@10")
+LOSSES = {
+    "pairs weigh |Δy|": {"pair_power": 1.0},
+    "LambdaRank (ΔnDCG)": {"lambda_power": 1.0},
+    "softmax instead of pairs": {"ranknet_weight": 0.0, "softmax_weight": 1.0},
+    "softmax and pairs": {"softmax_weight": 1.0},
+}
+HEADS = {
+    "no conflict head": {"conflict_weight": 0.0},
+    "no pointwise loss": {"pointwise_weight": 0.0},
+    "pointwise loss alone": {"ranknet_weight": 0.0},
+}
+
+
+def define_flags() -> None:
+    """Flags of this launcher."""
+    flags.DEFINE_string("data", None, "Dataset folder, from generate_training_data.")
+    flags.DEFINE_string("workdir", None, "Folder for the tables and the logs.")
+    flags.DEFINE_enum("split", "test", ["test", "validation"], "Split to judge on.")
+    flags.DEFINE_integer("resamples", 10_000, "Bootstrap resamples.", lower_bound=1000)
+    flags.DEFINE_bool("quick", False, "Few epochs, 1,000 resamples.")
+    flags.DEFINE_bool("overwrite", False, "Replace the training run that is in the workdir.")
+    flags.DEFINE_bool("resume", False, "Go on from the latest checkpoint in the workdir.")
+    flags.DEFINE_integer("checkpoint_every", 20, "Epochs between checkpoints.", lower_bound=1)
+    flags_from_dataclass(TrainConfig)
+    flags.mark_flags_as_required(["data", "workdir"])
+
+
+def variants(config: TrainConfig, lists: Lists) -> dict[str, TrainConfig]:
+    """The ablations of a config by name; attributes that no row has are left out."""
+    groups, without = names(config.groups), names(config.without)
+    column = dict(zip(ATTRIBUTES, np.moveaxis(lists.attributes[lists.where], -1, 0), strict=True))
+    known = {name: group for name, group in ATTRIBUTES.items() if not np.isnan(column[name]).all()}
+    if lists.image.shape[-1]:
+        known[features.EMBEDDINGS] = "clip"
+    changes: dict[str, dict[str, Any]] = {FULL: {}}
+    ladder = [group for group in GROUPS if group in groups]
+    changes |= {f"trained on {' + '.join(ladder[:k])}": {"groups": ",".join(ladder[:k])}
+                for k in range(1, len(ladder))}  # fmt: skip
+    changes |= {f"without {group}": {"groups": ",".join(g for g in ladder if g != group)}
+                for group in ladder[:-1]}  # fmt: skip
+    changes |= {f"without {name}": {"without": ",".join([*without, name])}
+                for name, group in known.items() if group in groups and name not in without}  # fmt: skip
+    changes |= LOSSES | HEADS
+    return {name: dataclasses.replace(config, **change) for name, change in changes.items()}
+
+
+def main() -> None:
+    """Trains all ablations, judges them, writes the tables."""
+    workdir, config = pathlib.Path(FLAGS.workdir), dataclass_from_flags(TrainConfig)
+    resamples = FLAGS.resamples
+    if FLAGS.quick:
+        config, resamples = dataclasses.replace(config, folds=3, epochs=8, members=1), 1000
+    passport = dataset.read_certificate(FLAGS.data)
+    settings = dataclasses.asdict(config) | {"data": FLAGS.data, "certificate": files.digest(passport)}
+    judged, kind = loop.labelled_lists(dataset.read(FLAGS.data, FLAGS.split), FLAGS.data, FLAGS.split)
+    with files.locked(workdir / ".lock"):
+        setup = fitting.set_up(loop.read_development(FLAGS.data), config, partial(ndcg, k=10), devices.mesh())
+        loop.prepare_workdir(workdir, settings, FLAGS.resume, FLAGS.overwrite)
+        configs = variants(config, setup.development.lists)
+        say(f"{len(configs)} ablations as lanes of {len(setup.views.train)} views; judged on {kind} labels "
+            f"of {len(judged.query_id)} queries of the {FLAGS.split} split")  # fmt: skip
+        lanes = training.make_lanes(list(configs.values()))
+        with Loop(workdir, list(configs.values()), FLAGS.checkpoint_every) as epochs:
+            state, first = epochs.begin(training.init_lanes(setup.train, lanes))
+            state = epochs.run(setup, lanes, state, first, config.epochs)
+            scored: dict[str, artifact.Scored] = {}
+            rules: list[System] = []
+            for k, (name, chosen) in enumerate(configs.items()):
+                own = search.take(state, range(k * config.members, (k + 1) * config.members))
+                model = fitting.finish(setup, own, chosen, name, {})
+                scored[name] = artifact.score(model, judged)
+                if name == FULL:
+                    rules = systems.ladder(model, judged)
+            table = measure(judged, rules, scored, resamples, config.seed)
+            text = markdown(table)
+            epochs.writer.text("ablation", text)
+        files.write_json(workdir / "ablation.json", table | {"settings": settings, "split": FLAGS.split})
+        with files.replacing(workdir / "ablation.md") as temporary:
+            temporary.write_text(text)
+    say("\n" + text)
+    done({"table": workdir / "ablation.md", "figures": workdir / "ablation.json",
+          "tensorboard": f"tensorboard --logdir={workdir / 'tensorboard'}"},
+         ["read the differences with their intervals: one that holds 0 shows nothing"])  # fmt: skip
+
+
+def measure(
+    lists: Lists, rules: list[System], scored: dict[str, artifact.Scored], resamples: int, seed: int
+) -> dict[str, Any]:
+    """Every ablation's figures, and its paired differences to the full model, tested together."""
+    engine = figures.engine(len(lists.query_id), seed, resamples)
+    ablations = [System(name, "", values.logit) for name, values in scored.items()]
+    ranked = ranking.ranking(engine, [*rules, *ablations], lists, baseline=FULL, model=FULL)
+    conflict = probabilities.conflicts(engine, {n: v.p_conflict for n, v in scored.items()}, lists)["systems"]
+    of = lambda name: {f"conflict_{part}": conflict.get(name, {}).get(part) for part in ("auc", "ece")}
+    rows = [row | of(row["system"]) for row in ranked["ladder"]]
+    return {"rows": rows, "differences": ranked["comparisons"][0]}
+
+
+def markdown(table: dict[str, Any]) -> str:
+    """The ablation table: values, then differences to the full model with simultaneous intervals."""
+    found = {(row["system"], row["metric"]): row for row in table["differences"]["rows"]}
+    head = [*(metric_name(m) for m in SHOWN), *(f"Δ {metric_name(m)}, points" for m in SHOWN), "conflict AUC"]
+    lines = ["| ablation | " + " | ".join(head) + " |", "|---|" + "---:|" * len(head)]
+    for row in table["rows"]:
+        name = row["system"]
+        cells = [figure_text(row["metrics"][m]) for m in SHOWN]
+        cells += [_difference(found.get((name, m)), table["differences"]["resamples"]) for m in SHOWN]
+        auc = row["conflict_auc"]
+        lines.append(f"| {name} | " + " | ".join([*cells, figure_text(auc) if auc else ""]) + " |")
+    tests = table["differences"]["hypotheses"]
+    lines += ["", f"Differences to `{FULL}`, resampled by query: intervals that all hold together with 95 % "
+              f"(none where a few queries decide), p by max-T over {tests} tests."]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def _difference(row: dict[str, Any] | None, resamples: int) -> str:
+    if row is None or row["difference"]["value"] is None:
+        return ""
+    bounds = row["simultaneous"]
+    interval = f" [{100 * bounds[0]:+.1f}, {100 * bounds[1]:+.1f}]" if bounds else ""
+    p = p_text(row["p_max_t"], resamples)
+    return f"{100 * row['difference']['value']:+.1f}{interval}, p {p}"
+
+
+if __name__ == "__main__":
+    launch(main, define_flags)

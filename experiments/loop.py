@@ -1,0 +1,312 @@
+"""What training launchers share: a folder of their own, epochs with a log, checkpoints, a way to stop."""
+
+import contextlib
+import json
+import os
+import pathlib
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pyarrow as pa
+
+from cotrr import devices, files
+from cotrr.checkpoints import Checkpoints
+from cotrr.data import dataset, labels
+from cotrr.data.lists import Lists, to_lists
+from cotrr.errors import InputError
+from cotrr.evaluate import plots
+from cotrr.evaluate.calibration import BINS, bin_of
+from cotrr.ranker import artifact, fitting, training
+from cotrr.ranker.fitting import Development, Setup
+from cotrr.ranker.training import Hyperparameters, Lanes, State, TrainConfig
+from cotrr.summaries import SummaryWriter
+from experiments.terminal import say, warn
+
+OURS = ("model.json", "weights.npz", "trained_on.npz", "epochs.jsonl", "checkpoints", "tensorboard",
+        "sweep.json", "recipe.flags", "ablation.json", "ablation.md",
+        *(f"rung-{k}" for k in range(1, 10)))  # fmt: skip
+JUDGED = ("validation/loss", "validation/metric")  # what TensorBoard's HParams table shows of a lane
+
+
+def read_development(folder: str) -> Development:
+    """The train and validation splits of a dataset as lists."""
+    tables = [dataset.read(folder, name) for name in ("train", "validation")]
+    lists = to_lists(pa.concat_tables(tables))
+    ids = pa.concat_tables(tables)["canonical_id"].to_numpy(zero_copy_only=False)
+    if not lists.labelled.any():
+        raise InputError("no labelled rows to learn from", file=folder, field="review")
+    validation = set(tables[1]["query_id"].to_pylist())
+    canonical_id = np.where(lists.where, ids[lists.row], "")
+    return Development(lists, canonical_id, np.array([q in validation for q in lists.query_id]))
+
+
+def labelled_lists(table: pa.Table, folder: str, split: str) -> tuple[Lists, str]:
+    """The queries with labels of one kind: gold where there is any, else silver; never both."""
+    kinds = set(table["label"].to_pylist())
+    kind = labels.GOLD if labels.GOLD in kinds else labels.SILVER
+    lists = to_lists(table, kind)
+    judged = np.flatnonzero(lists.labelled.any(axis=1))
+    if not len(judged):
+        raise InputError(
+            f"the {split} split has no labelled rows",
+            file=folder,
+            remedy=f"Generate the dataset with a {split} fraction above 0, from a run with reviews",
+        )
+    if len(judged) < len(lists.query_id):
+        warn(f"{len(lists.query_id) - len(judged)} queries without {kind} labels are left out")
+    return lists.take(judged), kind
+
+
+def prepare_workdir(workdir: pathlib.Path, settings: dict, resume: bool, overwrite: bool) -> None:
+    """A fresh folder, or with `resume` the one that holds a run of the same settings and data."""
+    path = workdir / "config.json"
+    there = [name for name in OURS if (workdir / name).exists()]
+    if there and not path.exists():
+        raise InputError(
+            f"holds {', '.join(there)} but no config.json: not a training folder of ours",
+            file=workdir,
+            remedy="Name another --workdir",
+        )
+    if resume and path.exists():
+        if json.loads(path.read_text()) != files.finite(settings):
+            raise InputError(
+                "this run had other settings or data", file=path, remedy="Resume with the same flags and data"
+            )
+        return
+    if there and not overwrite:
+        raise InputError(
+            f"holds a training run ({', '.join(there)})",
+            file=workdir,
+            remedy="Set --resume to go on with it, --overwrite to replace it, or name another --workdir",
+        )
+    files.remove(workdir, OURS)
+    files.write_json(path, settings)
+
+
+def provenance(state: State, passport: dict) -> dict[str, Any]:
+    """What a model says of its training; the members' median epoch and mean loss."""
+    return {
+        "certificate": files.digest(passport),
+        "settings": passport["settings"],
+        "labels": passport["labels"],
+        "best_epoch": int(np.median(np.asarray(state.best_epoch))),
+        "validation_loss": float(np.mean(np.asarray(state.best))),
+    }
+
+
+def describe(writer: SummaryWriter, setup: Setup, model: artifact.Model) -> None:
+    """A model's settings, and how well both heads are calibrated on held-out rows, in TensorBoard."""
+    writer.text("config", "\n".join(f"    {k}: {v}" for k, v in model.config.items()))
+    held = fitting.held_out(setup, model)
+    fitted, known = model.calibration, ~np.isnan(held.is_conflict)
+    heads = {"rank": (fitted.rank(held.rank), held.y),
+             "conflict": (fitted.conflict(held.conflict)[known], held.is_conflict[known])}  # fmt: skip
+    for head, (predicted, observed) in heads.items():
+        if len(predicted):
+            writer.image(f"calibration/{head}", plots.reliability(_bins(predicted, observed), head))
+        choice = fitted.choices[head]
+        losses = "\n".join(f"| {kind} | {loss:.4f} |" for kind, loss in choice.log_loss.items())
+        writer.text(f"calibration/{head}", f"chosen: {choice.kind}\n\n| kind | cross-validated log-loss |\n"
+                    f"|---|---:|\n{losses}")  # fmt: skip
+
+
+def _bins(predicted: np.ndarray, observed: np.ndarray) -> list[Mapping[str, Any]]:
+    """Reliability bins of equal width, without the empty ones."""
+    row = bin_of(predicted)
+    chosen = [row == k for k in range(BINS)]
+    return [{"n": int(inside.sum()), "predicted": predicted[inside].mean(),
+             "observed": observed[inside].mean(), "ci": None}
+            for inside in chosen if inside.any()]  # fmt: skip
+
+
+class Loop:
+    """Epochs of V lanes; use it as a context manager.
+
+    Writes a line an epoch to epochs.jsonl and checkpoints, at intervals and when the process is told
+    to end (SIGTERM), into `folder`; and a TensorBoard run for each lane.  `names` are the lanes'
+    numbers where they are not 0, 1, ….
+    """
+
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        configs: Sequence[TrainConfig],
+        checkpoint_every: int,
+        logdir: pathlib.Path | None = None,
+        names: Sequence[int] | None = None,
+    ):
+        self._folder, self._every = folder, checkpoint_every
+        self._lanes = [(config, k) for config in configs for k in range(config.members)]
+        self._names = list(range(len(self._lanes))) if names is None else names
+        self._logdir = logdir or folder / "tensorboard"
+        self._told_to_end = False
+        self._writers: list[SummaryWriter] = []  # of the first process alone
+
+    def __enter__(self) -> "Loop":
+        with contextlib.ExitStack() as stack:
+            self._kept = stack.enter_context(Checkpoints(self._folder / "checkpoints"))
+            if devices.primary():
+                enter = lambda name: stack.enter_context(SummaryWriter(self._logdir / name))
+                self.writer = enter("")
+                self._writers = [enter(f"lane-{name:03d}") for name in self._names]
+            stack.enter_context(_on_sigterm(self._end))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, kind: Any, *exception: Any) -> None:
+        if kind is None:
+            for writer in self._writers:
+                writer.end_session()
+        self._stack.__exit__(kind, *exception)
+
+    def _end(self) -> None:
+        self._told_to_end = True
+
+    def begin(self, fresh: State, first: int = 0) -> tuple[State, int]:
+        """The newest state that can be read, or `fresh`, and the epochs that it has behind it.
+
+        `first` are those of `fresh`.  What a killed run logged after that is dropped: it comes again.
+        """
+        state, reached = self._kept.load_latest(fresh) or (fresh, first)
+        if reached > first:
+            say(f"resuming after epoch {reached}")
+        if devices.primary():
+            path = self._folder / "epochs.jsonl"
+            lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+            with files.replacing(path) as temporary:
+                temporary.write_bytes(b"".join(lines[: reached - first]))
+        for (config, member), writer in zip(self._lanes, self._writers, strict=False):
+            if reached:
+                writer.restart(reached + 1)
+            else:
+                writer.hparams(_varied(config) | {"member": member}, JUDGED)
+        return state, reached
+
+    def run(self, setup: Setup, lanes: Lanes, state: State, first: int, last: int) -> State:
+        """Epochs first + 1, …, last, or fewer where every lane has stopped.
+
+        Raises InputError where a loss is not finite.
+        """
+        config, clock = setup.config, _Clock(first, setup.config.epochs)
+        with open(self._folder / "epochs.jsonl" if devices.primary() else os.devnull, "a") as log:
+            for number in range(first, last):
+                before = training.stopped(state, number, config)
+                if before.all():
+                    say(f"  every lane has stopped after epoch {number}")
+                    break
+                state, found = training.run_epoch(setup.train, state, jnp.asarray(number), lanes)
+                metrics = {str(name): np.asarray(values, np.float64) for name, values in found.items()}
+                self._check_finite(setup, metrics, before, number)
+                self._log(log, metrics, number + 1)
+                over = number + 1 == last or bool(training.stopped(state, number + 1, config).all())
+                if left := clock.left(number + 1, over):
+                    say(f"  epoch {number + 1:>4}/{config.epochs}  loss {np.nanmean(metrics['total']):.4f}, "
+                        f"on validation {np.min(np.asarray(state.best)):.4f}, nDCG@10 "
+                        f"{np.nanmean(metrics['validation_metric']):.4f}  {left}")  # fmt: skip
+                self._keep(state, number + 1, over)
+        return state
+
+    def _check_finite(
+        self, setup: Setup, metrics: dict[str, np.ndarray], stopped: np.ndarray, number: int
+    ) -> None:
+        validated = setup.views.held_out.any(axis=(1, 2))
+        fine = np.isfinite(metrics["total"]) & (np.isfinite(metrics["validation_loss"]) | ~validated)
+        fine |= stopped[:, None]
+        if fine.all():
+            return
+        lane, view = np.argwhere(~fine)[0]
+        config, _ = self._lanes[lane]
+        step = int(metrics["broken_step"][lane, view])
+        where = f"step {step + 1} of epoch {number + 1}" if step >= 0 else f"epoch {number + 1}"
+        numbers = ", ".join(f"--{name}={value:g}" for name, value in _numbers(config).items())
+        raise InputError(
+            f"the loss of lane {self._names[lane]} (view {view}) is {metrics['total'][lane, view]} in "
+            f"training and {metrics['validation_loss'][lane, view]} in validation, first in {where}, "
+            f"with {numbers}",
+            field="--learning_rate",
+            remedy=f"{config.learning_rate:g} may be too high",
+        )
+
+    def _log(self, log: Any, metrics: dict[str, np.ndarray], epoch: int) -> None:
+        """Means over the views, by lane; NaN of a lane that has stopped becomes null."""
+        means = {name: _nanmean(values) for name, values in metrics.items() if name != "broken_step"}
+        record = {"epoch": epoch, "lanes": list(self._names)}
+        record |= {name: values.round(6).tolist() for name, values in means.items()}
+        log.write(json.dumps(files.finite(record)) + "\n")
+        log.flush()
+        tag = lambda name: name.replace("_", "/", 1) if name.startswith("validation_") else f"train/{name}"
+        for row, writer in enumerate(self._writers):
+            writer.scalars({tag(name): values[row] for name, values in means.items()}, epoch)
+
+    def _keep(self, state: State, epoch: int, last: bool) -> None:
+        """A checkpoint where one is due; one that cannot be written costs no more than an interval."""
+        told_to_end = devices.agree(self._told_to_end)
+        if not (last or told_to_end or epoch % self._every == 0):
+            return
+        try:
+            self._kept.save(epoch, state)
+        except OSError as error:
+            warn(f"no checkpoint after epoch {epoch}: {error}")
+        if self._writers:
+            _log_parameters(self._writers[0], jax.tree.map(lambda leaf: leaf[0], state.params), epoch)
+        if told_to_end:
+            say(f"told to end: epoch {epoch} is kept; go on with --resume")
+            sys.exit(128 + signal.SIGTERM)
+
+
+class _Clock:
+    """When to show progress, and how long it will take."""
+
+    def __init__(self, first: int, epochs: int):
+        self._first, self._epochs = first, epochs
+        self._start, self._shown = time.monotonic(), -np.inf
+
+    def left(self, epoch: int, over: bool) -> str:
+        """The time left, every two seconds and at the end; else nothing."""
+        now = time.monotonic()
+        if epoch == self._first + 1:
+            self._start = now  # the first epoch waits for the compiler: it says nothing of the others
+            return ""
+        if now - self._shown < 2 and not over:
+            return ""
+        self._shown = now
+        seconds = (now - self._start) / (epoch - self._first - 1) * (self._epochs - epoch)
+        return f"{seconds:.0f} s left"
+
+
+@contextlib.contextmanager
+def _on_sigterm(call: Any) -> Iterator[None]:
+    before = signal.signal(signal.SIGTERM, lambda *_: call())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _numbers(config: TrainConfig) -> dict[str, float]:
+    return {name: getattr(config, name) for name in Hyperparameters._fields}
+
+
+def _varied(config: TrainConfig) -> dict[str, Any]:
+    """What the HParams table shows of a lane."""
+    return _numbers(config) | {name: getattr(config, name) for name in ("seed", "groups", "without")}
+
+
+def _nanmean(values: np.ndarray) -> np.ndarray:
+    """[V] mean of [V, F] over what is defined; NaN where nothing is."""
+    defined = np.isfinite(values)
+    total = np.where(defined, values, 0.0).sum(axis=1)
+    return np.where(defined.any(axis=1), total / np.maximum(defined.sum(axis=1), 1), np.nan)
+
+
+def _log_parameters(writer: SummaryWriter, params: Any, epoch: int) -> None:
+    for path, value in jax.tree_util.tree_leaves_with_path(params):
+        if value.size:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            writer.histogram(f"parameters/{name}", value, epoch)
