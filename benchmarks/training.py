@@ -27,7 +27,6 @@ import importlib
 import itertools
 import multiprocessing
 import pathlib
-import re
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -77,7 +76,6 @@ class Program(NamedTuple):
     """A compiled epoch of lanes, and the seconds that it and the first state took to compile."""
 
     shape: Shape
-    config: TrainConfig
     data: Examples
     train: Train
     lanes: Lanes
@@ -245,14 +243,14 @@ def prepare(shape: Shape, data: Examples | None = None, epochs: int = 60) -> Pro
     start = time.perf_counter()
     state = training.init_lanes.lower(train, lanes).compile()(train, lanes)
     epoch = training.run_epoch.lower(train, state, jnp.int32(0), lanes).compile()
-    return Program(shape, configs[0], data, train, lanes, state, epoch, time.perf_counter() - start)
+    return Program(shape, data, train, lanes, state, epoch, time.perf_counter() - start)
 
 
 class TorchLane:
     """A plain RankNet loop in PyTorch: the network, losses and schedule of one lane of a program."""
 
     def __init__(self, torch: Any, program: Program, lane: int) -> None:
-        self.torch, self.config = torch, program.config
+        self.torch, self.config = torch, program.train.config
         of_lane = lambda tree: jax.tree.map(lambda part: np.asarray(part)[lane], tree)
         self.hparams = hparams = jax.tree.map(float, of_lane(program.lanes.hparams))
         sizes = hparams.image_size, hparams.text_size, hparams.match_size
@@ -280,12 +278,14 @@ class TorchLane:
         self.optimizer = adam(leaves, hparams.learning_rate, betas=(0.9, 0.99), fused=True)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, rate_at)
         self.discounts = tensor(log2_discounts(10))
+        keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(self.config.seed)))
+        shuffled = jax.vmap(lambda key: jax.random.permutation(key, len(self.learn)))
+        self.orders = tensor(shuffled(keys(jnp.arange(self.config.epochs))))
 
     def epoch(self, number: int) -> dict[str, float]:
         """One pass over the lists that are learned from, in our order, and one over those held out."""
-        key = jax.random.fold_in(jax.random.key(self.config.seed), number)
-        order = self.torch.tensor(np.asarray(jax.random.permutation(key, len(self.learn))))
-        losses = [self.step(self.learn[at]) for at in order.split(self.config.batch_queries)]
+        batches = self.learn[self.orders[number]].split(self.config.batch_queries)
+        losses = [self.step(at) for at in batches]
         with self.torch.no_grad():
             judged = [self.validate(at) for at in self.judge.split(self.config.batch_queries)]
         loss, value = (float(self.torch.cat(parts).mean()) for parts in zip(*judged, strict=True))
@@ -382,7 +382,7 @@ def _our_curve(program: Program) -> Curve:
         state, metrics = program.advance(state, number)
         return float(np.max(metrics["validation_metric"]))
 
-    return _curve(advance, program.config.epochs)
+    return _curve(advance, program.train.config.epochs)
 
 
 def _tree_curve(peer: peers.Peer, data: Examples) -> Curve:
@@ -391,9 +391,15 @@ def _tree_curve(peer: peers.Peer, data: Examples) -> Curve:
     of_query = np.concatenate([seen.wants, seen.text, seen.centre], axis=-1)[:, None]
     x = np.concatenate([seen.attributes, seen.image, seen.match, seen.rule, seen.conflict[..., None],
                         np.broadcast_to(of_query, (*y.shape, of_query.shape[-1]))], axis=-1)  # fmt: skip
-    group, start = train.sum(axis=1), time.perf_counter()
-    settings = {"learning_rate": 0.1, "max_depth": 5}
-    predict = peer.fit(x[train], np.rint(10 * y[train]).astype(int), group[group > 0], settings)
+    grade, settings = np.rint(10 * y).astype(int), {"learning_rate": 0.1, "max_depth": 5}
+
+    def fit(queries: int) -> Callable:
+        rows = x[:queries].reshape(-1, x.shape[-1])
+        return peer.fit(rows, grade[:queries].ravel(), np.full(queries, y.shape[1]), settings)
+
+    fit(2)  # imports the library
+    start = time.perf_counter()
+    predict = fit(train.any(axis=1).sum())
     share = (time.perf_counter() - start) / max(TREES)
     y, metric = y[held_out.any(axis=1)], jax.jit(jax.vmap(METRIC))
     scores = [predict(x[held_out], trees).reshape(y.shape) for trees in TREES]
@@ -415,8 +421,8 @@ def _rates() -> tuple[float, float, float]:
 
 def _peaks(shape: Shape) -> tuple[float, float]:
     """Megabytes that compilation adds to the peak of this process, and that three epochs do with it."""
-    status = pathlib.Path("/proc/self/status")  # `getrusage` would start at the parent's peak
-    peak = lambda: int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) * 1024 / 1e6
+    # `getrusage` would start from the parent's peak.
+    peak = lambda: int(pathlib.Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024e-6
     data = jax.tree.map(jnp.asarray, make_data(shape.queries * shape.steps, shape.candidates))
     before = peak()
     program = prepare(shape, data)
@@ -427,8 +433,8 @@ def _peaks(shape: Shape) -> tuple[float, float]:
 
 
 def _only_view(data: Examples) -> Examples:
-    first = lambda part: jax.tree.map(lambda value: value[0], part)
-    return Examples(*map(first, data[:4]), *data[4:])
+    seen = jax.tree.map(lambda part: part[0], data.features)
+    return data._replace(features=seen, gap=data.gap[0], train=data.train[0], held_out=data.held_out[0])
 
 
 def _peer(name: str) -> Any:

@@ -117,8 +117,8 @@ def score(model: Model, lists: Lists) -> Scored:
     return Scored(
         score=inside(label),
         std=inside(std),
-        low=inside(low),
-        high=inside(high),
+        low=inside(np.minimum(low, label)),
+        high=inside(np.maximum(high, label)),
         p_conflict=inside(fitted.conflict(conflict[model.final].mean(axis=0))),
         logit=np.where(lists.where, logit, -np.inf),
     )

@@ -204,18 +204,21 @@ def fit(lists: Lists, words: Vocabulary, settings: Settings) -> Statistics:
     images = np.unique(lists.image[where], axis=0)
     texts = np.unique(lists.text, axis=0)
     rule = rule_score(np.where(np.isnan(values), mean[domain], values), NAMES)
+    image_mean, image_axes = principal_axes(images, settings.image_components)
     fitted = Statistics(
         mean, scale, np.isnan(values).mean(axis=0),
         np.where(np.isfinite(label_scale[:, 0]), label_scale[:, 0], 1.0),
-        *principal_axes(images, settings.image_components),
+        image_mean, image_axes,
         *principal_axes(texts, settings.text_components),
         rule.mean(), rule.std() if rule.std() > 1e-6 else 1.0,
-        *word_axes(lists, words),
+        *word_axes(lists, words, image_mean),
     )  # fmt: skip
     return Statistics(*(np.asarray(value, np.float32) for value in fitted))
 
 
-def word_axes(lists: Lists, words: Vocabulary) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def word_axes(
+    lists: Lists, words: Vocabulary, image_mean: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """`word_axes` [V, d], `word_key` [K, V], `match_scale` [K]; K is 0 where the embeddings share no space.
 
     What "pink" means is learned from what it adds to the queries' embeddings (ridge regression over
@@ -234,7 +237,7 @@ def word_axes(lists: Lists, words: Vocabulary) -> tuple[np.ndarray, np.ndarray, 
     centred = text[stated].astype(np.float64) - text[stated].mean(axis=0, dtype=np.float64)
     gram = wanted.T @ wanted + RIDGE * np.eye(wanted.shape[1])
     axes = np.linalg.solve(gram, wanted.T @ centred)
-    image = np.nan_to_num(lists.image - np.nanmean(lists.image[lists.where], axis=0))
+    image = np.nan_to_num(lists.image - image_mean)
     matched = np.einsum("qnd,qkd->qnk", image, (encoded.wants[:, None] * by_key) @ axes)[lists.where]
     size = np.sqrt(np.mean(matched**2, axis=0))
     return axes, by_key, np.where(size > 1e-9, size, np.inf)

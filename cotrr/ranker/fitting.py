@@ -125,10 +125,7 @@ def finish(
     statistics = setup.statistics._replace(
         image_axes=size(setup.statistics.image_axes, config.image_size),
         text_axes=size(setup.statistics.text_axes, config.text_size),
-        # A size of 0 takes them out: nothing is infinitely far from 0.
-        match_scale=size(
-            setup.statistics.match_scale, 1 / config.match_size if config.match_size else np.inf
-        ),
+        match_scale=setup.statistics.match_scale / np.float32(config.match_size or 1e-30),
     )
     learned = lists.labelled
     judged = setup.views.held_out.any(axis=0)

@@ -281,12 +281,12 @@ def test_unknown_names_of_a_mask():
 
 def test_gates_are_the_mask_and_the_sizes_of_what_is_in_it():
     mask = features.make_mask(features.GROUPS, ["brightness"])
-    gates = features.make_gates(mask, 0.6, 0.1)
+    gates = features.make_gates(mask, 0.6, 0.1, 0.5)
     np.testing.assert_array_equal(gates.attributes, [name != "brightness" for name in NAMES])
-    assert (float(gates.image), float(gates.text)) == pytest.approx((0.6, 0.1))
+    assert [float(size) for size in gates[1:]] == pytest.approx([0.6, 0.1, 0.5])
     gates = features.make_gates(features.make_mask(features.GROUPS, ["embeddings"]), 0.6, 0.1)
     assert (gates.attributes == 1).all() and (float(gates.image), float(gates.text)) == (0, 0)
-    assert [float(part) for part in features.make_gates(mask)[1:]] == [1, 1]
+    assert [float(part) for part in features.make_gates(mask)[1:]] == [1, 1, 1]
 
 
 def test_principal_axes_have_size_one_and_are_orthogonal():
@@ -446,3 +446,74 @@ def test_what_a_view_does_not_learn_from_leaves_its_statistics_alone(folded, fol
         # Those that do learn from these rows notice.
         final = zip(*(jax.tree.leaves(view(setup, -1)) for setup in (other, folded)), strict=True)
         assert any(not np.array_equal(one, two) for one, two in final), name
+
+
+def spoken(queries=40, d=12, seed=0):
+    """Lists whose texts and images are sums of what their words mean; returns the meanings as well."""
+    rng = np.random.default_rng(seed)
+    colours, glasses = ["pink", "red", "blue"], ["coupe", "flute"]
+    meaning = {f"color={c}": rng.normal(size=d) for c in colours} | {
+        f"glass={g}": rng.normal(size=d) for g in glasses
+    }
+    lists = development(queries=queries, d=d).lists
+    wanted = tuple((f"color={rng.choice(colours)}", f"glass={rng.choice(glasses)}") for _ in range(queries))
+    text = np.stack([meaning[c] + meaning[g] for c, g in wanted]).astype(np.float32)
+    return lists._replace(constraints=wanted, text=text + rng.normal(size=text.shape) * 0.01), meaning
+
+
+def test_what_a_word_adds_to_a_query_is_found_in_the_images():
+    lists, meaning = spoken()
+    show = ["color=pink", "color=red", "color=blue"]
+    lists.image[:, :3] = np.stack([meaning[word] for word in show])
+    words = features.vocabulary(lists)
+    match = np.asarray(featurize(lists, features.fit(lists, words, SETTINGS), words).match)
+    keys = ["color", "glass"]
+    assert match.shape == (*lists.where.shape, len(keys))
+    for q, (colour, _) in enumerate(lists.constraints):
+        assert match[q, :3, 0].argmax() == show.index(colour)
+    np.testing.assert_allclose(np.sqrt(np.mean(match[lists.where] ** 2, axis=0)), 1, rtol=1e-3)
+    assert (match[~lists.where] == 0).all()
+
+
+def test_words_are_the_ridge_solution_by_hand():
+    lists, _ = spoken()
+    words = features.vocabulary(lists)
+    axes, by_key, _ = features.word_axes(lists, words, np.zeros(12))
+    leaf = ["=" in token for token in words.constraints]
+    wanted = np.array([[float(t in wants) for t in words.constraints] for wants in lists.constraints])[
+        :, leaf
+    ]
+    text = lists.text.astype(np.float64)
+    text, first = np.unique(text, axis=0, return_index=True)
+    wanted = wanted[first]
+    rows = np.vstack([wanted, np.sqrt(features.RIDGE) * np.eye(sum(leaf))])
+    target = np.vstack([text - text.mean(axis=0), np.zeros((sum(leaf), text.shape[1]))])
+    np.testing.assert_allclose(axes[leaf], np.linalg.lstsq(rows, target, rcond=None)[0], atol=1e-5)
+    assert (axes[~np.array(leaf)] == 0).all()
+    np.testing.assert_array_equal(by_key.sum(axis=0), np.array(leaf, float))
+
+
+@pytest.mark.parametrize("missing", ["text", "image", "constraints", "another length"])
+def test_without_a_shared_space_there_is_nothing_to_match(missing):
+    lists, _ = spoken()
+    if missing == "constraints":
+        lists = lists._replace(constraints=((),) * len(lists.query_id))
+    elif missing == "another length":
+        lists = lists._replace(text=lists.text[:, :5])
+    elif missing == "text":
+        lists = lists._replace(text=np.full_like(lists.text, np.nan))
+    else:
+        lists = lists._replace(image=lists.image[..., :0])
+    words = features.vocabulary(lists)
+    result = featurize(lists, features.fit(lists, words, SETTINGS), words)
+    assert result.match.shape[-1] == 0 and np.isfinite(result.attributes).all()
+
+
+def test_a_query_without_its_embedding_and_an_image_without_one_match_nothing_wrong():
+    lists, _ = spoken()
+    lists.text[0] = np.nan
+    lists.image[1, 0] = np.nan
+    words = features.vocabulary(lists)
+    match = np.asarray(featurize(lists, features.fit(lists, words, SETTINGS), words).match)
+    assert np.isfinite(match).all() and (match[1, 0] == 0).all()
+    assert (match[0, 0] != 0).any()  # the words are known from the other queries

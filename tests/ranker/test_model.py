@@ -14,7 +14,7 @@ from tests.ranker.synthetic import NAMES, development, padded, randomised, witho
 LISTS = development(queries=6).lists
 WORDS = features.vocabulary(LISTS)
 STATISTICS = features.fit(LISTS, WORDS, features.Settings(4, 3))
-WIDTH, QUERY = 2 * len(NAMES) + 4, 1 + 3 + len(WORDS.constraints)
+WIDTH, QUERY = 2 * len(NAMES) + 4 + 2, 1 + 3 + len(WORDS.constraints)
 featurize = jax.jit(jax.vmap(features.featurize, in_axes=(None, 0)))
 widths = pytest.mark.parametrize("hidden", [0, 8])
 GATES = features.make_gates(features.make_mask(features.GROUPS), 0.6, 0.1)
@@ -63,10 +63,10 @@ def test_parameter_shapes(hidden):
 @widths
 def test_scores_are_the_bilinear_form_plus_the_hidden_layer_and_the_base(hidden):
     mask = features.make_mask(features.GROUPS, ["brightness", "clip_score"])
-    gates, params, one = features.make_gates(mask, 0.6, 0.1), randomised(started(hidden)), of_query(1)
+    gates, params, one = features.make_gates(mask, 0.6, 0.1, 0.7), randomised(started(hidden)), of_query(1)
     p, scaled = params["params"], np.tile(mask[:-1], 2) * np.asarray(one.attributes, np.float64)
     query = np.concatenate([one.wants, 0.1 * np.asarray(one.text)]).astype(float)
-    candidate = np.hstack([scaled, 0.6 * np.asarray(one.image)])
+    candidate = np.hstack([scaled, 0.6 * np.asarray(one.image), 0.7 * np.asarray(one.match)])
     logits = np.einsum("q,nc,qch->nh", query, candidate, p["query_weights"])
     logits += query @ p["query_offset"] + p["bias"]
     if hidden:
@@ -81,7 +81,7 @@ def test_scores_are_the_bilinear_form_plus_the_hidden_layer_and_the_base(hidden)
 def test_permuting_candidates_permutes_scores(hidden):
     params, one = randomised(started(hidden)), of_query(0)
     order = np.random.default_rng(0).permutation(len(one.where))
-    by_candidate = ("image", "attributes", "rule", "conflict", "where")
+    by_candidate = ("image", "match", "attributes", "rule", "conflict", "where")
     moved = one._replace(**{k: getattr(one, k)[order] for k in by_candidate})
     scores = Reranker(hidden=hidden).apply(params, one, GATES)
     again = Reranker(hidden=hidden).apply(params, moved, GATES)

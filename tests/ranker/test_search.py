@@ -1,0 +1,57 @@
+"""The search: what is drawn, who goes on."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from cotrr.ranker import search
+from cotrr.ranker.training import TrainConfig
+
+
+@pytest.mark.parametrize(("hidden", "dimensions"), [(0, 9), (8, 10)])
+def test_drawn_settings_lie_in_their_ranges_and_cover_them(hidden, dimensions):
+    config = TrainConfig(hidden=hidden, seed=3)
+    configs = search.draw(config, 129)
+    assert len(configs) == 129 and configs[0] == config
+    assert len(search.space(config)) == dimensions
+    for name, range_ in search.space(config).items():
+        values = np.array([getattr(drawn, name) for drawn in configs[1:]])
+        drawn = values[values > 0]
+        assert drawn.min() >= range_.low * 0.999 and drawn.max() <= range_.high * 1.001
+        assert (values == 0).mean() == pytest.approx(range_.zeros, abs=0.02)
+        # A Sobol sequence fills each quarter of the range (of the logarithm) alike.
+        place = np.log(drawn / range_.low) / np.log(range_.high / range_.low)
+        np.testing.assert_allclose(np.histogram(place, 4, (0, 1))[0] / len(drawn), 0.25, atol=0.03)
+
+
+def test_the_same_seed_draws_the_same_and_more_draws_go_on():
+    config = TrainConfig()
+    assert search.draw(config, 9) == search.draw(config, 9)
+    assert search.draw(config, 16)[:9] == search.draw(config, 9)
+    other = search.draw(dataclasses.replace(config, seed=1), 9)
+    assert other[1].penalty != search.draw(config, 9)[1].penalty
+    assert {drawn.members for drawn in search.draw(dataclasses.replace(config, members=4), 5)} == {1}
+
+
+@pytest.mark.parametrize(("count", "epochs", "stages"), [(64, 60, 3), (8, 8, 3), (2, 1, 1), (5, 3, 4)])
+def test_rungs_shrink_and_end_at_the_last_epoch(count, epochs, stages):
+    rungs = search.rungs(count, epochs, stages)
+    assert rungs[0].lanes == count and rungs[-1].last == epochs
+    lanes, last = zip(*rungs, strict=True)
+    assert list(lanes) == sorted(lanes, reverse=True) and min(lanes) >= 1
+    assert list(last) == sorted(last) and min(last) >= 1
+
+
+def test_the_best_go_on_and_undefined_ones_last():
+    state = SimpleNamespace(best_metric=np.array([0.5, np.nan, 0.9, 0.7, 0.9]))
+    assert search.survivors(state, 3) == [2, 4, 3]
+    assert search.survivors(state, 5) == [2, 4, 3, 0, 1]
+
+
+def test_lanes_are_taken_from_every_leaf():
+    tree = {"a": np.arange(4), "b": (np.arange(8).reshape(4, 2),)}
+    taken = search.take(tree, [2, 0])
+    np.testing.assert_array_equal(taken["a"], [2, 0])
+    np.testing.assert_array_equal(taken["b"][0], [[4, 5], [0, 1]])
