@@ -117,7 +117,7 @@ def test_other_settings_are_not_resumed(data, straight):
 def test_a_loss_that_is_not_finite_is_named(data, tmp_path):
     said = launch("train", f"--data={data}", f"--workdir={tmp_path / 'm'}", "--quick", "--learning_rate=1e30",
                   fails=2)  # fmt: skip
-    for part in ("lane 0", "step ", "of epoch ", "--learning_rate=1e+30", "--penalty=0.08"):
+    for part in ("lane 0", "step ", "of epoch ", "--learning_rate=1e+30", "--penalty=0.16"):
         assert part in said
 
 

@@ -27,6 +27,7 @@ SPACE = {
     "conflict_weight": Range(2.0, 30.0),
     "image_size": Range(0.3, 1.2),
     "text_size": Range(0.1, 1.5),
+    "match_size": Range(0.5, 4.0),
     "pointwise_weight": Range(0.1, 3.0),
     "pair_power": Range(0.25, 1.0, zeros=0.5),
     "lambda_power": Range(0.25, 1.0, zeros=0.5),

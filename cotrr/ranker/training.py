@@ -42,13 +42,13 @@ class TrainConfig:
     image_size: float = setting(0.6, "Root mean square of the image components: smaller, and the "
                                      "penalty holds them tighter.", low=0)  # fmt: skip
     text_size: float = setting(0.3, "Root mean square of the text components.", low=0)
-    match_size: float = setting(1.0, "Root mean square of how well an image matches the wanted words.", low=0)
+    match_size: float = setting(2.0, "Root mean square of how well an image matches the wanted words.", low=0)
     hidden: int = setting(0, "Width of the hidden layer; 0 leaves it out.", low=0)
     epochs: int = setting(60, "Passes over the queries, at most.", low=1)
     patience: int = setting(30, "Epochs without a lower validation loss before a lane stops.", low=1)
     batch_queries: int = setting(60, "Queries per step.", low=1)
     learning_rate: float = setting(1e-2, "Peak learning rate (Adam, cosine schedule).", low=0)
-    penalty: float = setting(0.08, "L2 penalty: this times the sum of squared weights.", low=0)
+    penalty: float = setting(0.16, "L2 penalty: this times the sum of squared weights.", low=0)
     dropout: float = setting(0.0, "Dropout of the hidden layer.", low=0, high=0.99)
     margin: float = setting(0.0, "Score margin beyond which a pair counts as right.", low=0)
     pair_power: float = setting(0.0, "A pair weighs |Δy| to this power; 0 is plain RankNet.", low=0)
@@ -57,7 +57,7 @@ class TrainConfig:
     softmax_weight: float = setting(0.0, "Weight of the listwise softmax loss.", low=0)
     pointwise_weight: float = setting(1.0, "Weight of the cross-entropy of the score to y, which "
                                            "makes scores comparable across queries.", low=0)  # fmt: skip
-    conflict_weight: float = setting(8.0, "Weight of the conflict head's cross-entropy.", low=0)
+    conflict_weight: float = setting(16.0, "Weight of the conflict head's cross-entropy.", low=0)
 
     def __post_init__(self) -> None:
         check_settings(self)

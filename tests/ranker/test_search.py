@@ -10,7 +10,7 @@ from cotrr.ranker import search
 from cotrr.ranker.training import TrainConfig
 
 
-@pytest.mark.parametrize(("hidden", "dimensions"), [(0, 9), (8, 10)])
+@pytest.mark.parametrize(("hidden", "dimensions"), [(0, 10), (8, 11)])
 def test_drawn_settings_lie_in_their_ranges_and_cover_them(hidden, dimensions):
     config = TrainConfig(hidden=hidden, seed=3)
     configs = search.draw(config, 129)
