@@ -10,19 +10,17 @@ max-T.  Writes ablation.json, ablation.md and TensorBoard logs.
 
 import dataclasses
 import pathlib
-from functools import partial
 from typing import Any
 
 import numpy as np
 from absl import flags
 
-from cotrr import devices, files
-from cotrr.config import dataclass_from_flags, flags_from_dataclass, launch
-from cotrr.data import dataset
+from cotrr import files
+from cotrr.config import dataclass_from_flags, launch
+from cotrr.data import certificate, dataset
 from cotrr.data.contract import ATTRIBUTES, GROUPS
 from cotrr.data.lists import Lists
 from cotrr.evaluate import figures, probabilities, ranking, systems
-from cotrr.evaluate.metrics import ndcg
 from cotrr.evaluate.ranking import System
 from cotrr.evaluate.report import figure_text, metric_name, p_text
 from cotrr.ranker import artifact, features, fitting, search, training
@@ -49,16 +47,8 @@ HEADS = {
 
 def define_flags() -> None:
     """Flags of this launcher."""
-    flags.DEFINE_string("data", None, "Dataset folder, from generate_training_data.")
-    flags.DEFINE_string("workdir", None, "Folder for the tables and the logs.")
-    flags.DEFINE_enum("split", "test", ["test", "validation"], "Split to judge on.")
+    loop.define_flags("Few epochs, 1,000 resamples.")
     flags.DEFINE_integer("resamples", 10_000, "Bootstrap resamples.", lower_bound=1000)
-    flags.DEFINE_bool("quick", False, "Few epochs, 1,000 resamples.")
-    flags.DEFINE_bool("overwrite", False, "Replace the training run that is in the workdir.")
-    flags.DEFINE_bool("resume", False, "Go on from the latest checkpoint in the workdir.")
-    flags.DEFINE_integer("checkpoint_every", 20, "Epochs between checkpoints.", lower_bound=1)
-    flags_from_dataclass(TrainConfig)
-    flags.mark_flags_as_required(["data", "workdir"])
 
 
 def variants(config: TrainConfig, lists: Lists) -> dict[str, TrainConfig]:
@@ -82,41 +72,46 @@ def variants(config: TrainConfig, lists: Lists) -> dict[str, TrainConfig]:
 
 def main() -> None:
     """Trains all ablations, judges them, writes the tables."""
-    workdir, config = pathlib.Path(FLAGS.workdir), dataclass_from_flags(TrainConfig)
-    resamples = FLAGS.resamples
+    workdir, config, resamples = (
+        pathlib.Path(FLAGS.workdir),
+        dataclass_from_flags(TrainConfig),
+        FLAGS.resamples,
+    )
     if FLAGS.quick:
         config, resamples = dataclasses.replace(config, folds=3, epochs=8, members=1), 1000
-    passport = dataset.read_certificate(FLAGS.data)
-    settings = dataclasses.asdict(config) | {"data": FLAGS.data, "certificate": files.digest(passport)}
-    judged, kind = loop.labelled_lists(dataset.read(FLAGS.data, FLAGS.split), FLAGS.data, FLAGS.split)
-    with files.locked(workdir / ".lock"):
-        setup = fitting.set_up(loop.read_development(FLAGS.data), config, partial(ndcg, k=10), devices.mesh())
-        loop.prepare_workdir(workdir, settings, FLAGS.resume, FLAGS.overwrite)
+    test = dataset.read(FLAGS.data, "test")
+    judged, kind = loop.labelled_lists(test, FLAGS.data, "test")
+    with loop.opened("ablate", config) as (setup, passport):
         configs = variants(config, setup.development.lists)
         say(f"{len(configs)} ablations as lanes of {len(setup.views.train)} views; judged on {kind} labels "
-            f"of {len(judged.query_id)} queries of the {FLAGS.split} split")  # fmt: skip
-        lanes = training.make_lanes(list(configs.values()))
+            f"of {len(judged.query_id)} queries of the test split")  # fmt: skip
         with Loop(workdir, list(configs.values()), FLAGS.checkpoint_every) as epochs:
-            state, first = epochs.begin(training.init_lanes(setup.train, lanes))
-            state = epochs.run(setup, lanes, state, first, config.epochs)
-            scored: dict[str, artifact.Scored] = {}
-            rules: list[System] = []
-            for k, (name, chosen) in enumerate(configs.items()):
-                own = search.take(state, range(k * config.members, (k + 1) * config.members))
-                model = fitting.finish(setup, own, chosen, name, {})
-                scored[name] = artifact.score(model, judged)
-                if name == FULL:
-                    rules = systems.ladder(model, judged)
-            table = measure(judged, rules, scored, resamples, config.seed)
-            text = markdown(table)
+            models = train(setup, configs, epochs)
+            loop.refuse_overlap(models[FULL], FULL, test, FLAGS.data)
+            scored = {name: artifact.score(model, judged) for name, model in models.items()}
+            table = measure(judged, systems.ladder(models[FULL], judged), scored, resamples, config.seed)
+            text = markdown(table, kind)
             epochs.writer.text("ablation", text)
-        files.write_json(workdir / "ablation.json", table | {"settings": settings, "split": FLAGS.split})
+        facts = {"labels": kind, "breaches": certificate.breaches(passport),
+                 "settings": dataclasses.asdict(config)}  # fmt: skip
+        files.write_json(workdir / "ablation.json", table | facts)
         with files.replacing(workdir / "ablation.md") as temporary:
             temporary.write_text(text)
     say("\n" + text)
     done({"table": workdir / "ablation.md", "figures": workdir / "ablation.json",
           "tensorboard": f"tensorboard --logdir={workdir / 'tensorboard'}"},
          ["read the differences with their intervals: one that holds 0 shows nothing"])  # fmt: skip
+
+
+def train(setup: fitting.Setup, configs: dict[str, TrainConfig], epochs: Loop) -> dict[str, artifact.Model]:
+    """The model of each ablation, all trained together."""
+    lanes = training.make_lanes(list(configs.values()))
+    state, first = epochs.begin(training.init_lanes(setup.train, lanes))
+    state = epochs.run(setup, lanes, state, first, setup.config.epochs)
+    members = setup.config.members
+    of = lambda k: search.take(state, range(k * members, (k + 1) * members))
+    return {name: fitting.finish(setup, of(k), config, name, {})
+            for k, (name, config) in enumerate(configs.items())}  # fmt: skip
 
 
 def measure(
@@ -132,7 +127,7 @@ def measure(
     return {"rows": rows, "differences": ranked["comparisons"][0]}
 
 
-def markdown(table: dict[str, Any]) -> str:
+def markdown(table: dict[str, Any], kind: str) -> str:
     """The ablation table: values, then differences to the full model with simultaneous intervals."""
     found = {(row["system"], row["metric"]): row for row in table["differences"]["rows"]}
     head = [*(metric_name(m) for m in SHOWN), *(f"Δ {metric_name(m)}, points" for m in SHOWN), "conflict AUC"]
@@ -144,8 +139,12 @@ def markdown(table: dict[str, Any]) -> str:
         auc = row["conflict_auc"]
         lines.append(f"| {name} | " + " | ".join([*cells, figure_text(auc) if auc else ""]) + " |")
     tests = table["differences"]["hypotheses"]
-    lines += ["", f"Differences to `{FULL}`, resampled by query: intervals that all hold together with 95 % "
-              f"(none where a few queries decide), p by max-T over {tests} tests."]  # fmt: skip
+    text = (
+        f"By {kind} labels. Differences to `{FULL}`, resampled by query: intervals that all hold together "
+        f"with 95 % (none where a few queries decide), p by max-T over {tests} tests. What is taken out "
+        "stands at its domain's mean."
+    )
+    lines += ["", text]
     return "\n".join(lines) + "\n"
 
 

@@ -139,18 +139,10 @@ def _clusters(table: pa.Table, lists: Lists) -> np.ndarray | None:
 
 
 def _check_overlap(folder: str, model: artifact.Model, table: pa.Table) -> list[str]:
-    shared = {key: artifact.overlap(model, key, table[key].to_numpy(zero_copy_only=False))
-              for key in ("query_id", "canonical_id")}  # fmt: skip
-    if not any(shared.values()):
-        return []
-    what = " and ".join(f"{count} {key}" for key, count in shared.items())
     if not FLAGS.allow_overlap:
-        raise InputError(
-            f"{folder} has learned from {what} of this split",
-            file=FLAGS.data,
-            remedy="Evaluate on data it has not seen, or set --allow_overlap to see optimistic figures",
-        )
-    return [f"{folder} HAS LEARNED FROM {what} of this split: its figures are optimistic."]
+        loop.refuse_overlap(model, folder, table, FLAGS.data)
+    what = loop.learned_from(model, table)
+    return [f"{folder} HAS LEARNED FROM {what} of this split: its figures are optimistic."] if what else []
 
 
 def _measure(

@@ -1,33 +1,38 @@
 """What training launchers share: a folder of their own, epochs with a log, checkpoints, a way to stop."""
 
 import contextlib
+import dataclasses
 import json
-import os
 import pathlib
 import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
+from absl import flags
 
 from cotrr import devices, files
 from cotrr.checkpoints import Checkpoints
-from cotrr.data import dataset, labels
+from cotrr.config import flags_from_dataclass
+from cotrr.data import certificate, dataset, labels
 from cotrr.data.lists import Lists, to_lists
 from cotrr.errors import InputError
 from cotrr.evaluate import plots
 from cotrr.evaluate.calibration import BINS, bin_of
+from cotrr.evaluate.metrics import ndcg
 from cotrr.ranker import artifact, fitting, training
 from cotrr.ranker.fitting import Development, Setup
 from cotrr.ranker.training import Hyperparameters, Lanes, State, TrainConfig
 from cotrr.summaries import SummaryWriter
 from experiments.terminal import say, warn
 
+FLAGS = flags.FLAGS
 OURS = ("model.json", "weights.npz", "trained_on.npz", "epochs.jsonl", "checkpoints", "tensorboard",
         "sweep.json", "recipe.flags", "ablation.json", "ablation.md",
         *(f"rung-{k}" for k in range(1, 10)))  # fmt: skip
@@ -63,8 +68,47 @@ def labelled_lists(table: pa.Table, folder: str, split: str) -> tuple[Lists, str
     return lists.take(judged), kind
 
 
-def prepare_workdir(workdir: pathlib.Path, settings: dict, resume: bool, overwrite: bool) -> None:
-    """A fresh folder, or with `resume` the one that holds a run of the same settings and data."""
+def define_flags(quick: str) -> None:
+    """The flags that training launchers share; `quick` says what --quick does."""
+    flags.DEFINE_string("data", None, "Dataset folder, from generate_training_data.")
+    flags.DEFINE_string("workdir", None, "Folder for what is written: results, checkpoints, logs.")
+    flags.DEFINE_bool("quick", False, quick)
+    flags.DEFINE_bool("overwrite", False, "Replace the training run that is in the workdir.")
+    flags.DEFINE_bool("resume", False, "Go on from the latest checkpoint in the workdir.")
+    flags.DEFINE_integer("checkpoint_every", 20, "Epochs between checkpoints.", lower_bound=1)
+    for name in ("data", "workdir", "quick", "overwrite", "resume", "checkpoint_every"):
+        FLAGS.register_key_flag_for_module(sys.argv[0], FLAGS[name])  # else --help does not show it
+    flags_from_dataclass(TrainConfig)
+    flags.mark_flags_as_required(["data", "workdir"])
+
+
+@contextlib.contextmanager
+def opened(launcher: str, config: TrainConfig, **more: Any) -> Iterator[tuple[Setup, dict]]:
+    """The setup of a launcher's run and the data's certificate, while the workdir is its own.
+
+    `more` are settings that a resumed run must share too.
+    """
+    workdir, passport = pathlib.Path(FLAGS.workdir), dataset.read_certificate(FLAGS.data)
+    for breach in certificate.breaches(passport):
+        warn(breach)
+    settings = dataclasses.asdict(config) | {"launcher": launcher, "data": FLAGS.data}
+    settings |= {"certificate": files.digest(passport)} | more
+    with contextlib.ExitStack() as stack:
+        setup = fitting.set_up(read_development(FLAGS.data), config, partial(ndcg, k=10), devices.mesh())
+        refused: InputError | None = None
+        try:
+            if devices.primary():
+                stack.enter_context(files.locked(workdir / ".lock"))
+                _prepare(workdir, settings)
+        except InputError as error:
+            refused = error
+        if devices.agree(refused is not None):  # all processes end together, or those without hang
+            raise refused or InputError("the first process was refused", file=workdir)
+        yield setup, passport
+
+
+def _prepare(workdir: pathlib.Path, settings: dict) -> None:
+    """A fresh folder, or with --resume the one that holds a run of the same settings and data."""
     path = workdir / "config.json"
     there = [name for name in OURS if (workdir / name).exists()]
     if there and not path.exists():
@@ -73,13 +117,17 @@ def prepare_workdir(workdir: pathlib.Path, settings: dict, resume: bool, overwri
             file=workdir,
             remedy="Name another --workdir",
         )
-    if resume and path.exists():
-        if json.loads(path.read_text()) != files.finite(settings):
+    if FLAGS.resume and path.exists():
+        before, now = json.loads(path.read_text()), files.finite(settings)
+        if before != now:
+            names = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
             raise InputError(
-                "this run had other settings or data", file=path, remedy="Resume with the same flags and data"
+                f"this run had other settings or data: {', '.join(names)}",
+                file=path,
+                remedy="Resume with the same launcher, flags and data",
             )
         return
-    if there and not overwrite:
+    if there and not FLAGS.overwrite:
         raise InputError(
             f"holds a training run ({', '.join(there)})",
             file=workdir,
@@ -87,6 +135,23 @@ def prepare_workdir(workdir: pathlib.Path, settings: dict, resume: bool, overwri
         )
     files.remove(workdir, OURS)
     files.write_json(path, settings)
+
+
+def refuse_overlap(model: artifact.Model, name: str, table: pa.Table, folder: str) -> None:
+    """Raises InputError where a model has learned from queries or pictures of a table."""
+    if what := learned_from(model, table):
+        raise InputError(
+            f"{name} has learned from {what} of this split",
+            file=folder,
+            remedy="Evaluate on data it has not seen, or set --allow_overlap to see optimistic figures",
+        )
+
+
+def learned_from(model: artifact.Model, table: pa.Table) -> str:
+    """What of a table a model has learned from, in words; empty: nothing."""
+    shared = {key: artifact.overlap(model, key, table[key].to_numpy(zero_copy_only=False))
+              for key in ("query_id", "canonical_id")}  # fmt: skip
+    return " and ".join(f"{count} {key}" for key, count in shared.items()) if any(shared.values()) else ""
 
 
 def provenance(state: State, passport: dict) -> dict[str, Any]:
@@ -130,7 +195,8 @@ class Loop:
 
     Writes a line an epoch to epochs.jsonl and checkpoints, at intervals and when the process is told
     to end (SIGTERM), into `folder`; and a TensorBoard run for each lane.  `names` are the lanes'
-    numbers where they are not 0, 1, ….
+    numbers where they are not 0, 1, ….  A lane whose loss is not finite ends the run, or, where it is
+    not `strict`, keeps its best epoch before.
     """
 
     def __init__(
@@ -138,13 +204,13 @@ class Loop:
         folder: pathlib.Path,
         configs: Sequence[TrainConfig],
         checkpoint_every: int,
-        logdir: pathlib.Path | None = None,
         names: Sequence[int] | None = None,
+        strict: bool = True,
     ):
         self._folder, self._every = folder, checkpoint_every
         self._lanes = [(config, k) for config in configs for k in range(config.members)]
         self._names = list(range(len(self._lanes))) if names is None else names
-        self._logdir = logdir or folder / "tensorboard"
+        self._strict, self._lost = strict, set[int]()
         self._told_to_end = False
         self._writers: list[SummaryWriter] = []  # of the first process alone
 
@@ -152,7 +218,7 @@ class Loop:
         with contextlib.ExitStack() as stack:
             self._kept = stack.enter_context(Checkpoints(self._folder / "checkpoints"))
             if devices.primary():
-                enter = lambda name: stack.enter_context(SummaryWriter(self._logdir / name))
+                enter = lambda name: stack.enter_context(SummaryWriter(self._folder / "tensorboard" / name))
                 self.writer = enter("")
                 self._writers = [enter(f"lane-{name:03d}") for name in self._names]
             stack.enter_context(_on_sigterm(self._end))
@@ -176,13 +242,13 @@ class Loop:
         state, reached = self._kept.load_latest(fresh) or (fresh, first)
         if reached > first:
             say(f"resuming after epoch {reached}")
+        path, there = self._folder / "epochs.jsonl", list[bytes]()
         if devices.primary():
-            path = self._folder / "epochs.jsonl"
-            lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+            there = path.read_bytes().splitlines(keepends=True) if path.exists() else []
             with files.replacing(path) as temporary:
-                temporary.write_bytes(b"".join(lines[: reached - first]))
+                temporary.write_bytes(b"".join(there[: reached - first]))
         for (config, member), writer in zip(self._lanes, self._writers, strict=False):
-            if reached:
+            if there:
                 writer.restart(reached + 1)
             else:
                 writer.hparams(_varied(config) | {"member": member}, JUDGED)
@@ -193,23 +259,25 @@ class Loop:
 
         Raises InputError where a loss is not finite.
         """
-        config, clock = setup.config, _Clock(first, setup.config.epochs)
-        with open(self._folder / "epochs.jsonl" if devices.primary() else os.devnull, "a") as log:
-            for number in range(first, last):
-                before = training.stopped(state, number, config)
-                if before.all():
-                    say(f"  every lane has stopped after epoch {number}")
-                    break
-                state, found = training.run_epoch(setup.train, state, jnp.asarray(number), lanes)
-                metrics = {str(name): np.asarray(values, np.float64) for name, values in found.items()}
-                self._check_finite(setup, metrics, before, number)
-                self._log(log, metrics, number + 1)
-                over = number + 1 == last or bool(training.stopped(state, number + 1, config).all())
-                if left := clock.left(number + 1, over):
-                    say(f"  epoch {number + 1:>4}/{config.epochs}  loss {np.nanmean(metrics['total']):.4f}, "
-                        f"on validation {np.min(np.asarray(state.best)):.4f}, nDCG@10 "
-                        f"{np.nanmean(metrics['validation_metric']):.4f}  {left}")  # fmt: skip
-                self._keep(state, number + 1, over)
+        config, clock = setup.config, _Clock(first, last)
+        for number in range(first, last):
+            before = training.stopped(state, number, config)
+            if before.all():
+                say(f"  every lane has stopped after epoch {number}")
+                break
+            state, found = training.run_epoch(setup.train, state, jnp.asarray(number), lanes)
+            metrics = {str(name): np.asarray(values, np.float64) for name, values in found.items()}
+            self._check_finite(setup, metrics, before, number)
+            over = number + 1 == last or bool(training.stopped(state, number + 1, config).all())
+            if left := clock.left(number + 1, over):
+                say(f"  epoch {number + 1:>4}/{last}  loss {_mean(metrics['total']):.4f}, on validation "
+                    f"{np.min(np.asarray(state.best)):.4f}, nDCG@10 of y "
+                    f"{_mean(metrics['validation_metric']):.4f}  {left}")  # fmt: skip
+            try:
+                self._log(metrics, number + 1)
+            except OSError as error:  # a full disk costs a line of the log, not the run
+                warn(f"epoch {number + 1} is not logged: {error}")
+            self._keep(state, number + 1, over)
         return state
 
     def _check_finite(
@@ -220,26 +288,31 @@ class Loop:
         fine |= stopped[:, None]
         if fine.all():
             return
-        lane, view = np.argwhere(~fine)[0]
-        config, _ = self._lanes[lane]
+        for lane, view in np.argwhere(~fine):
+            told = self._broken(metrics, lane, view, number)
+            if self._strict:
+                raise InputError(told, field="--learning_rate", remedy="It may be too high")
+            if lane not in self._lost:
+                warn(told)
+                self._lost.add(lane)
+
+    def _broken(self, metrics: dict[str, np.ndarray], lane: int, view: int, number: int) -> str:
         step = int(metrics["broken_step"][lane, view])
         where = f"step {step + 1} of epoch {number + 1}" if step >= 0 else f"epoch {number + 1}"
-        numbers = ", ".join(f"--{name}={value:g}" for name, value in _numbers(config).items())
-        raise InputError(
-            f"the loss of lane {self._names[lane]} (view {view}) is {metrics['total'][lane, view]} in "
-            f"training and {metrics['validation_loss'][lane, view]} in validation, first in {where}, "
-            f"with {numbers}",
-            field="--learning_rate",
-            remedy=f"{config.learning_rate:g} may be too high",
-        )
+        numbers = ", ".join(f"--{name}={value:g}" for name, value in _numbers(self._lanes[lane][0]).items())
+        return (f"the loss of lane {self._names[lane]} (view {view}) is {metrics['total'][lane, view]} in "
+                f"training and {metrics['validation_loss'][lane, view]} in validation, first in {where}, "
+                f"with {numbers}")  # fmt: skip
 
-    def _log(self, log: Any, metrics: dict[str, np.ndarray], epoch: int) -> None:
+    def _log(self, metrics: dict[str, np.ndarray], epoch: int) -> None:
         """Means over the views, by lane; NaN of a lane that has stopped becomes null."""
+        if not devices.primary():
+            return
         means = {name: _nanmean(values) for name, values in metrics.items() if name != "broken_step"}
         record = {"epoch": epoch, "lanes": list(self._names)}
         record |= {name: values.round(6).tolist() for name, values in means.items()}
-        log.write(json.dumps(files.finite(record)) + "\n")
-        log.flush()
+        with open(self._folder / "epochs.jsonl", "a") as log:
+            log.write(json.dumps(files.finite(record)) + "\n")
         tag = lambda name: name.replace("_", "/", 1) if name.startswith("validation_") else f"train/{name}"
         for row, writer in enumerate(self._writers):
             writer.scalars({tag(name): values[row] for name, values in means.items()}, epoch)
@@ -249,14 +322,16 @@ class Loop:
         told_to_end = devices.agree(self._told_to_end)
         if not (last or told_to_end or epoch % self._every == 0):
             return
+        end = f"told to end: epoch {epoch} is kept; go on with --resume"
         try:
             self._kept.save(epoch, state)
         except OSError as error:
             warn(f"no checkpoint after epoch {epoch}: {error}")
+            end = "told to end: --resume goes on from the checkpoint before"
         if self._writers:
             _log_parameters(self._writers[0], jax.tree.map(lambda leaf: leaf[0], state.params), epoch)
         if told_to_end:
-            say(f"told to end: epoch {epoch} is kept; go on with --resume")
+            say(end)
             sys.exit(128 + signal.SIGTERM)
 
 
@@ -296,6 +371,11 @@ def _numbers(config: TrainConfig) -> dict[str, float]:
 def _varied(config: TrainConfig) -> dict[str, Any]:
     """What the HParams table shows of a lane."""
     return _numbers(config) | {name: getattr(config, name) for name in ("seed", "groups", "without")}
+
+
+def _mean(values: np.ndarray) -> float:
+    """Mean of what is defined; NaN where nothing is."""
+    return float(_nanmean(values.reshape(1, -1))[0])
 
 
 def _nanmean(values: np.ndarray) -> np.ndarray:

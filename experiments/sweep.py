@@ -3,28 +3,27 @@ r"""Tune CoTRR-lite: configurations of a Sobol sequence are lanes of one program
     python -m experiments.sweep --data=data/cotrr --workdir=checkpoints/cotrr_lite_tuned \
         --flagfile=experiments/recipes/cotrr_lite.flags
 
-Configurations are judged on validation queries: the folds of train and validation (--folds=5, and the model
-learns from both in the end), or the validation split alone (--folds=0).  The best few are trained anew with
-several seeds; the best of them by the mean of its seeds becomes the model.  The test split is not read.
+Configurations are judged by nDCG@10 of y on validation queries: the folds of train and validation
+(--folds=5, and the model learns from both in the end), or the validation split alone (--folds=0).  With
+--members the last few are trained anew with as many seeds, and judged by their mean.  The test split is not
+read.
 Writes the model, sweep.json (all configurations) and recipe.flags (the chosen one).
 """
 
 import dataclasses
 import pathlib
-from functools import partial
 
 import numpy as np
 from absl import flags
 
-from cotrr import devices, files
-from cotrr.config import dataclass_from_flags, flags_from_dataclass, launch
-from cotrr.data import certificate, dataset
-from cotrr.evaluate.metrics import ndcg
+from cotrr import files
+from cotrr.config import dataclass_from_flags, launch
 from cotrr.ranker import artifact, fitting, search, training
 from cotrr.ranker.training import State, TrainConfig
+from cotrr.summaries import SummaryWriter
 from experiments import loop
 from experiments.loop import Loop
-from experiments.terminal import done, say, warn
+from experiments.terminal import done, say
 
 FLAGS = flags.FLAGS
 QUICK = {"folds": 3, "epochs": 8}
@@ -32,43 +31,26 @@ QUICK = {"folds": 3, "epochs": 8}
 
 def define_flags() -> None:
     """Flags of this launcher."""
-    flags.DEFINE_string("data", None, "Dataset folder, from generate_training_data.")
-    flags.DEFINE_string("workdir", None, "Folder for the search, the model and its logs.")
+    loop.define_flags("Eight configurations, few epochs.")
     flags.DEFINE_integer("configurations", 64, "How many to look at, the given one first.", lower_bound=2)
     flags.DEFINE_integer("rungs", 3, "Stages; each keeps a third of the lanes.", lower_bound=1,
                          upper_bound=9)  # fmt: skip
-    flags.DEFINE_integer("finalists", 3, "Configurations that are trained anew with --members seeds.",
-                         lower_bound=1)  # fmt: skip
-    flags.DEFINE_bool("quick", False, "Eight configurations, few epochs.")
-    flags.DEFINE_bool("overwrite", False, "Replace the training run that is in the workdir.")
-    flags.DEFINE_bool("resume", False, "Go on from the latest checkpoint in the workdir.")
-    flags.DEFINE_integer("checkpoint_every", 20, "Epochs between checkpoints.", lower_bound=1)
-    flags_from_dataclass(TrainConfig)
-    flags.mark_flags_as_required(["data", "workdir"])
+    flags.DEFINE_integer("finalists", 3, "Configurations that are trained anew with --members seeds, where "
+                         "there are several.", lower_bound=1)  # fmt: skip
 
 
 def main() -> None:
     """Draws, halves, trains the finalists, saves the best."""
-    workdir, config, count = (
-        pathlib.Path(FLAGS.workdir),
-        dataclass_from_flags(TrainConfig),
-        FLAGS.configurations,
-    )
+    workdir, count = pathlib.Path(FLAGS.workdir), FLAGS.configurations
+    config = dataclass_from_flags(TrainConfig)
     if FLAGS.quick:
         config, count = dataclasses.replace(config, **QUICK), 8
-    passport = dataset.read_certificate(FLAGS.data)
-    for breach in certificate.breaches(passport):
-        warn(breach)
-    settings = dataclasses.asdict(config) | {"data": FLAGS.data, "certificate": files.digest(passport),
-                                             "configurations": count, "rungs": FLAGS.rungs}  # fmt: skip
-    with files.locked(workdir / ".lock"):
-        setup = fitting.set_up(loop.read_development(FLAGS.data), config, partial(ndcg, k=10), devices.mesh())
-        loop.prepare_workdir(workdir, settings, FLAGS.resume, FLAGS.overwrite)
+    more = {"configurations": count, "rungs": FLAGS.rungs, "finalists": FLAGS.finalists}
+    with loop.opened("sweep", config, **more) as (setup, passport):
         configs = search.draw(config, count)
         say(f"{count} configurations of {', '.join(search.space(config))}, as lanes of "
             f"{len(setup.views.train)} views")  # fmt: skip
-        finalists = [configs[lane] for lane in halve(setup, configs, workdir)[: FLAGS.finalists]]
-        model = crown(setup, finalists, workdir, passport, count)
+        model = crown(setup, *halve(setup, configs, workdir), workdir, passport, count)
     done(
         {"model": f"{workdir}  ({model.version})", "recipe": workdir / "recipe.flags",
          "configurations": workdir / "sweep.json",
@@ -78,7 +60,9 @@ def main() -> None:
     )  # fmt: skip
 
 
-def halve(setup: fitting.Setup, configs: list[TrainConfig], workdir: pathlib.Path) -> list[int]:
+def halve(
+    setup: fitting.Setup, configs: list[TrainConfig], workdir: pathlib.Path
+) -> tuple[list[TrainConfig], State]:
     """Trains all configurations, ever fewer of them ever longer; returns the last ones, best first.
 
     Each rung has a folder with its own checkpoints, so a search that was killed goes on where it was.
@@ -90,14 +74,14 @@ def halve(setup: fitting.Setup, configs: list[TrainConfig], workdir: pathlib.Pat
         say(f"rung {stage + 1} of {len(stages)}: {len(alive)} lanes to epoch {rung.last}")
         folder, lanes = workdir / f"rung-{stage + 1}", search.take(everyone, alive)
         chosen = [configs[lane] for lane in alive]
-        with Loop(folder, chosen, FLAGS.checkpoint_every, workdir / "tensorboard", alive) as epochs:
+        with Loop(folder, chosen, FLAGS.checkpoint_every, alive, strict=False) as epochs:
             state, reached = epochs.begin(state, first)
             state = epochs.run(setup, lanes, state, reached, rung.last)
         looked_at.append(_judged(configs, alive, state))
         order = search.survivors(state, stages[min(stage + 1, len(stages) - 1)].lanes)
         alive, state, first = [alive[k] for k in order], search.take(state, order), rung.last
     files.write_json(workdir / "sweep.json", {"rungs": looked_at, "best": alive})
-    return alive
+    return [configs[lane] for lane in alive], state
 
 
 def _judged(configs: list[TrainConfig], alive: list[int], state: State) -> dict:
@@ -118,26 +102,33 @@ def _judged(configs: list[TrainConfig], alive: list[int], state: State) -> dict:
 
 
 def crown(
-    setup: fitting.Setup, finalists: list[TrainConfig], workdir: pathlib.Path, passport: dict, looked_at: int
+    setup: fitting.Setup,
+    configs: list[TrainConfig],
+    state: State,
+    workdir: pathlib.Path,
+    passport: dict,
+    looked_at: int,
 ) -> artifact.Model:
-    """Trains the finalists with all their seeds and saves the one with the best mean as the model."""
-    members = setup.config.members
-    finalists = [dataclasses.replace(config, members=members) for config in finalists]
-    say(f"{len(finalists)} finalists with {members} seeds each")
-    lanes = training.make_lanes(finalists)
-    with Loop(workdir, finalists, FLAGS.checkpoint_every, workdir / "tensorboard" / "finalists") as epochs:
-        state, first = epochs.begin(training.init_lanes(setup.train, lanes))
-        state = epochs.run(setup, lanes, state, first, setup.config.epochs)
-        mean = np.asarray(state.best_metric).reshape(len(finalists), members).mean(axis=1)
-        best = int(mean.argmax())
-        state = search.take(state, range(best * members, (best + 1) * members))
-        facts = loop.provenance(state, passport) | {"configurations": looked_at}
-        model = fitting.finish(setup, state, finalists[best], workdir.name, facts)
-        artifact.save(model, workdir)
-        loop.describe(epochs.writer, setup, model)
+    """Saves the best configuration as the model: with several members, by the mean of their seeds."""
+    members, best = setup.config.members, 0
+    if members > 1:
+        configs = [dataclasses.replace(config, members=members) for config in configs[: FLAGS.finalists]]
+        say(f"{len(configs)} finalists with {members} seeds each")
+        lanes = training.make_lanes(configs)
+        with Loop(workdir, configs, FLAGS.checkpoint_every, strict=False) as epochs:
+            state, first = epochs.begin(training.init_lanes(setup.train, lanes))
+            state = epochs.run(setup, lanes, state, first, setup.config.epochs)
+        best = int(np.asarray(state.best_metric).reshape(-1, members).mean(axis=1).argmax())
+    state = search.take(state, range(best * members, (best + 1) * members))
+    facts = loop.provenance(state, passport) | {"configurations": looked_at}
+    model = fitting.finish(setup, state, configs[best], workdir.name, facts)
+    artifact.save(model, workdir)
+    with SummaryWriter(workdir / "tensorboard") as writer:
+        loop.describe(writer, setup, model)
     with files.replacing(workdir / "recipe.flags") as temporary:
-        temporary.write_text(_recipe(finalists[best], looked_at))
-    say(f"best of {looked_at} configurations: mean validation nDCG@10 {mean[best]:.4f}")
+        temporary.write_text(_recipe(configs[best], looked_at))
+    metric = float(np.mean(np.asarray(state.best_metric)))
+    say(f"best of {looked_at} configurations: mean validation nDCG@10 of y {metric:.4f}")
     return artifact.load(workdir)
 
 

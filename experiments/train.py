@@ -6,22 +6,18 @@ r"""Train CoTRR-lite on a dataset; all ensemble members are lanes of one compile
 --quick trains few members for few epochs, to see that everything works.
 """
 
-import contextlib
 import dataclasses
 import pathlib
-from functools import partial
 
 from absl import flags
 
-from cotrr import devices, files
-from cotrr.config import dataclass_from_flags, flags_from_dataclass, launch
-from cotrr.data import certificate, dataset
-from cotrr.evaluate.metrics import ndcg
+from cotrr import devices
+from cotrr.config import dataclass_from_flags, launch
 from cotrr.ranker import artifact, fitting, training
 from cotrr.ranker.training import TrainConfig
 from experiments import loop
 from experiments.loop import Loop
-from experiments.terminal import done, say, warn
+from experiments.terminal import done, say
 
 FLAGS = flags.FLAGS
 QUICK = {"members": 1, "folds": 3, "epochs": 10}
@@ -29,37 +25,22 @@ QUICK = {"members": 1, "folds": 3, "epochs": 10}
 
 def define_flags() -> None:
     """Flags of this launcher."""
-    flags.DEFINE_string("data", None, "Dataset folder, from generate_training_data.")
-    flags.DEFINE_string("workdir", None, "Folder for the model, its checkpoints and its logs.")
-    flags.DEFINE_bool("quick", False, "Few members, few epochs.")
-    flags.DEFINE_bool("overwrite", False, "Replace the training run that is in the workdir.")
-    flags.DEFINE_bool("resume", False, "Go on from the latest checkpoint in the workdir.")
-    flags.DEFINE_integer("checkpoint_every", 20, "Epochs between checkpoints.", lower_bound=1)
-    flags.DEFINE_bool("distributed", False, "Be one of several processes (jax.distributed.initialize).")
+    loop.define_flags("One member, few folds, few epochs.")
+    flags.DEFINE_bool("distributed", False, "Be one of several processes (jax.distributed.initialize) that "
+                                            "share --data and --workdir.")  # fmt: skip
     flags.DEFINE_string("coordinator", None, "host:port of the first process; unset: the cluster says.")
     flags.DEFINE_integer("processes", None, "How many processes; unset: the cluster says.", lower_bound=1)
     flags.DEFINE_integer("process", None, "Number of this process; unset: the cluster says.", lower_bound=0)
-    flags_from_dataclass(TrainConfig)
-    flags.mark_flags_as_required(["data", "workdir"])
 
 
 def main() -> None:
     """Reads, trains, calibrates, saves."""
     if FLAGS.distributed:
         devices.join(FLAGS.coordinator, FLAGS.processes, FLAGS.process)
-    workdir = pathlib.Path(FLAGS.workdir)
-    config = dataclass_from_flags(TrainConfig)
+    workdir, config = pathlib.Path(FLAGS.workdir), dataclass_from_flags(TrainConfig)
     if FLAGS.quick:
         config = dataclasses.replace(config, **QUICK)
-    passport = dataset.read_certificate(FLAGS.data)
-    for breach in certificate.breaches(passport):
-        warn(breach)
-    settings = dataclasses.asdict(config) | {"data": FLAGS.data, "certificate": files.digest(passport)}
-    with files.locked(workdir / ".lock") if devices.primary() else contextlib.nullcontext():
-        setup = fitting.set_up(loop.read_development(FLAGS.data), config, partial(ndcg, k=10), devices.mesh())
-        if devices.primary():
-            loop.prepare_workdir(workdir, settings, FLAGS.resume, FLAGS.overwrite)
-        devices.meet("the folder is ready")
+    with loop.opened("train", config) as (setup, passport):
         version = train(setup, workdir, passport)
     done(
         {"model": f"{workdir}  ({version})", "curves": workdir / "epochs.jsonl",

@@ -86,3 +86,23 @@ def test_a_half_written_checkpoint_is_ignored(tmp_path):
         assert kept.latest() == 3
         assert_equal(kept.load(3, state(0)), state(3))
     assert not half.exists() and steps_in(tmp_path) == [2, 3]
+
+
+def test_a_damaged_checkpoint_is_put_aside_and_steps_before_it_can_be_saved(tmp_path):
+    folder = tmp_path / "checkpoints"
+    with Checkpoints(folder) as kept:
+        kept.save(20, state(20))
+        kept.save(40, state(40))
+    for path in (folder / "40").rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[:20])
+    with Checkpoints(folder) as kept:
+        with pytest.warns(UserWarning, match="step 40 is damaged"):
+            loaded, step = kept.load_latest(state(0))
+        assert step == 20
+        assert_equal(loaded, state(20))
+        kept.save(30, state(30))
+        assert_equal(kept.load(30, state(0)), state(30))
+        with pytest.raises(OSError, match="later than step 25"):
+            kept.save(25, state(25))
+    assert steps_in(folder) == [20, 30] and (tmp_path / "damaged-checkpoints-40").exists()

@@ -340,7 +340,7 @@ def _add(reader: rows.Reader, source: Source, compliance: np.ndarray, normalizat
     columns = dict.fromkeys(facts, unknown) | {
         "query_id": table.query.tolist(), "query": table.query.tolist(), "domain": [DOMAIN] * count,
         "id": ids, "canonical_id": canonical_ids,
-        "review_compliance": compliance.tolist(), "review_conflict": [0] * count,
+        "review_compliance": compliance.tolist(), "review_conflict": unknown,  # nobody has judged it
         "review_conflict_types": [[]] * count,
         "file": [source.path.name] * count, "line": table.line.tolist(),
     }  # fmt: skip

@@ -19,7 +19,7 @@ import numpy as np
 from cotrr.data.contract import ATTRIBUTES
 from cotrr.data.lists import Lists
 from cotrr.ranker import features
-from cotrr.ranker.artifact import Model, mask_of
+from cotrr.ranker.artifact import Model, encode, mask_of
 from cotrr.ranker.features import Encoded, Statistics
 from cotrr.ranker.model import Params, Reranker
 
@@ -79,7 +79,7 @@ def explain(
     used = list(dict.fromkeys(owner[name] for name in players))
     groups = {group: [p for p, name in enumerate(players) if owner[name] == group] for group in used}
     coalitions, weights = owen_game(list(groups.values()))
-    pair = _pairs(features.encode(lists, model.vocabulary), query, np.stack([first, second], axis=1))
+    pair = _pairs(encode(model, lists), query, np.stack([first, second], axis=1))
     place = [features.MASKED.index(name) for name in players]
     masks = np.zeros((len(coalitions), len(features.MASKED)), np.float32)
     masks[:, place] = coalitions

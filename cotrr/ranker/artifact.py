@@ -24,7 +24,7 @@ from cotrr.ranker.calibration import Calibration
 from cotrr.ranker.model import Params, Reranker, Scores
 from cotrr.ranker.training import names
 
-FORMAT = 2
+FORMAT = 3
 SCORING_BATCH = 32  # queries scored at once: bounds memory
 
 
@@ -96,13 +96,9 @@ def score(model: Model, lists: Lists) -> Scored:
     A kind of embedding that either side lacks counts as missing.  Raises InputError for another
     length, or where a score comes out undefined.
     """
-    lists = lists._replace(
-        image=_fitted(lists.image, model.statistics.image_mean.shape[-1], "image_embedding"),
-        text=_fitted(lists.text, model.statistics.text_mean.shape[-1], "text_embedding"),
-    )
     if not len(lists.query_id):
         return Scored(*(np.zeros(lists.where.shape) for _ in Scored._fields))
-    encoded = features.encode(lists, model.vocabulary)
+    encoded = encode(model, lists)
     scores = lane_scores(
         model.params, model.statistics, encoded, mask_of(model.config), hidden=model.config["hidden"]
     )
@@ -122,6 +118,15 @@ def score(model: Model, lists: Lists) -> Scored:
         p_conflict=inside(fitted.conflict(conflict[model.final].mean(axis=0))),
         logit=np.where(lists.where, logit, -np.inf),
     )
+
+
+def encode(model: Model, lists: Lists) -> features.Encoded:
+    """The lists as the model's numbers, their embeddings of the lengths that it was trained on."""
+    lists = lists._replace(
+        image=_fitted(lists.image, model.statistics.image_mean.shape[-1], "image_embedding"),
+        text=_fitted(lists.text, model.statistics.text_mean.shape[-1], "text_embedding"),
+    )
+    return features.encode(lists, model.vocabulary)
 
 
 def _fitted(embeddings: np.ndarray, length: int, field: str) -> np.ndarray:

@@ -21,6 +21,7 @@ NAMES = tuple(ATTRIBUTES)
 RULE = {"clip_score": 0.2, "compliance_score": 0.7, "conflict_prob": -0.3}
 USUAL = 2.0  # constraints of a query: so many have weight 1 each
 RIDGE = 1.0  # queries' worth of doubt about what a word means
+SHARPNESS = 3.0  # spread of the images along a word's axis, in logits of the word's share
 WINSOR = 4.0  # standardised attributes are held within ± this many deviations
 EMBEDDINGS = "embeddings"  # what a mask calls the image and text embeddings, behind the attributes
 MASKED = (*NAMES, EMBEDDINGS)
@@ -61,7 +62,7 @@ class Statistics(NamedTuple):
     rule_scale: Leaf  # []
     word_axes: Leaf  # [V, d] what a constraint's word adds to a query's embedding
     word_key: Leaf  # [K, V] 0 or 1: the words of each key
-    match_scale: Leaf  # [K]
+    match_scale: Leaf  # [2K]
 
 
 class Features(NamedTuple):
@@ -70,7 +71,7 @@ class Features(NamedTuple):
     wants: Leaf  # [1 + V]: a constant, what is wanted
     text: Leaf  # [p']
     image: Leaf  # [n, p]
-    match: Leaf  # [n, K]: the image along what the wanted word of each key adds to a query's embedding
+    match: Leaf  # [n, 2K]: how well the image matches the wanted word of each key
     attributes: Leaf  # [n, 2A]: standardised, then their missing-value indicators
     rule: Leaf  # [n, 3]: the terms of Step 4's rule, from their domain's mean
     conflict: Leaf  # [n]: logit of Step 4's conflict probability, from that of its domain's mean
@@ -81,7 +82,7 @@ class Features(NamedTuple):
 class Gates(NamedTuple):
     """What of the features counts, and how much: a mask and the sizes of the embeddings' paths."""
 
-    attributes: Leaf  # [A] 0 or 1: outside, an attribute is taken out everywhere
+    attributes: Leaf  # [A] 0 or 1: what is out stands at its domain's mean
     image: Leaf  # []
     text: Leaf  # []
     match: Leaf  # []
@@ -211,20 +212,36 @@ def fit(lists: Lists, words: Vocabulary, settings: Settings) -> Statistics:
         image_mean, image_axes,
         *principal_axes(texts, settings.text_components),
         rule.mean(), rule.std() if rule.std() > 1e-6 else 1.0,
-        *word_axes(lists, words, image_mean),
+        *_word_statistics(lists, words, image_mean),
     )  # fmt: skip
     return Statistics(*(np.asarray(value, np.float32) for value in fitted))
 
 
-def word_axes(
-    lists: Lists, words: Vocabulary, image_mean: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """`word_axes` [V, d], `word_key` [K, V], `match_scale` [K]; K is 0 where the embeddings share no space.
+def _word_statistics(lists: Lists, words: Vocabulary, image_mean: np.ndarray) -> tuple[np.ndarray, ...]:
+    """`word_axes`, `word_key` and `match_scale`, in units in which images spread by SHARPNESS."""
+    axes, by_key = word_axes(lists, words)
+    image = (
+        np.nan_to_num(lists.image - image_mean)[lists.where]
+        if len(by_key)
+        else np.zeros((0, len(image_mean)))
+    )
+    spread = np.sqrt(np.mean((image @ axes[by_key.any(axis=0)].T) ** 2)) if len(by_key) else 1.0
+    axes = axes * (SHARPNESS / max(spread, 1e-9))
+    wants = np.broadcast_to(encode(lists, words).wants[:, None], (*lists.where.shape, axes.shape[0]))[
+        lists.where
+    ]
+    one = jax.vmap(lambda image, wants: match_words(image[None], wants, axes, by_key)[0])
+    size = np.sqrt(np.mean(np.asarray(one(image, wants)) ** 2, axis=0)) if len(by_key) else np.zeros(0)
+    return axes, by_key, np.where(size > 1e-9, size, np.inf)
+
+
+def word_axes(lists: Lists, words: Vocabulary) -> tuple[np.ndarray, np.ndarray]:
+    """`word_axes` [V, d] and `word_key` [K, V]; K is 0 where the embeddings share no space.
 
     What "pink" means is learned from what it adds to the queries' embeddings (ridge regression over
-    distinct queries), and found again in the images: no label is needed for it.
+    distinct queries), and looked for in the images: no label is needed for it.
     """
-    d, encoded = lists.image.shape[-1], encode(lists, words)
+    d = lists.image.shape[-1]
     values = [token for token in words.constraints if "=" in token]
     keys = sorted({token.split("=", 1)[0] for token in values}) if d == lists.text.shape[-1] and d else []
     by_key = np.array([[token.startswith(f"{key}=") for token in words.constraints] for key in keys], float)
@@ -232,15 +249,25 @@ def word_axes(
     text, first = np.unique(lists.text, axis=0, return_index=True)
     stated = ~np.isnan(text).any(axis=1)
     if not keys or not stated.any():
-        return np.zeros((len(words.constraints), d)), by_key[:0], np.zeros(0)
-    wanted = encoded.wants[first][stated].astype(np.float64) * by_key.sum(axis=0)
+        return np.zeros((len(words.constraints), d)), by_key
+    wanted = (encode(lists, words).wants[first][stated] > 0) * by_key.sum(axis=0)
     centred = text[stated].astype(np.float64) - text[stated].mean(axis=0, dtype=np.float64)
     gram = wanted.T @ wanted + RIDGE * np.eye(wanted.shape[1])
-    axes = np.linalg.solve(gram, wanted.T @ centred)
-    image = np.nan_to_num(lists.image - image_mean)
-    matched = np.einsum("qnd,qkd->qnk", image, (encoded.wants[:, None] * by_key) @ axes)[lists.where]
-    size = np.sqrt(np.mean(matched**2, axis=0))
-    return axes, by_key, np.where(size > 1e-9, size, np.inf)
+    return np.linalg.solve(gram, wanted.T @ centred), by_key
+
+
+def match_words(image: Leaf, wants: Leaf, word_axes: Leaf, word_key: Leaf) -> jax.Array:
+    """[n, 2K] by key: how far images [n, d] lie along the wanted word, and the log of the word's share
+    among all words of its key."""
+    along = image @ word_axes.T  # [n, V]
+    most = jnp.max(along, axis=1, keepdims=True, initial=0.0)
+    total = jnp.log(jnp.maximum(jnp.exp(along - most) @ word_key.T, 1e-30)) + most  # [n, K]
+    # A label is a mean over the constraints, so the first half is weighed by `wants`; a conflict is any
+    # one of them, so the second is not.
+    there = along @ (word_key * wants[None]).T
+    wanted = word_key * (wants > 0)[None]
+    share = along @ wanted.T - total * jnp.sum(wanted, axis=1)[None]
+    return jnp.concatenate([there, share], axis=1)
 
 
 def rule_score(attributes: Leaf, names: Collection[str]) -> Leaf:
@@ -273,12 +300,12 @@ def featurize(statistics: Statistics, encoded: Encoded) -> Features:
     inside = lambda values: jnp.where(encoded.where[:, None], values, 0.0)
     centred = lambda x, centre: jnp.nan_to_num(x - jnp.broadcast_to(centre, x.shape))
     image = centred(encoded.image, statistics.image_mean)
-    meant = (statistics.word_key * encoded.wants[None]) @ statistics.word_axes  # [K, d]
+    match = match_words(image, encoded.wants, statistics.word_axes, statistics.word_key)
     return Features(
         wants=jnp.concatenate([jnp.ones(1), encoded.wants]),
         text=centred(encoded.text, statistics.text_mean) @ statistics.text_axes,
         image=inside(image @ statistics.image_axes),
-        match=inside(image @ meant.T / statistics.match_scale[None]),
+        match=inside(match / statistics.match_scale[None]),
         attributes=inside(jnp.concatenate([standard, indicator], axis=1)),
         rule=inside(rule),
         conflict=jnp.where(encoded.where, logit(raw[:, _CONFLICT_PROB]) - usual, 0.0),

@@ -57,7 +57,7 @@ class Reranker(nn.Module):
             of_query = self.param("query_hidden", random, (len(query), self.hidden))
             of_candidate = self.param("candidate_hidden", random, (candidate.shape[-1], self.hidden))
             hidden = candidate @ (of_candidate * candidate_gate) + (query @ (of_query * query_gate))[None]
-            hidden = _drop(self, nn.gelu(hidden), dropout)
+            hidden = _drop(self, jax.checkpoint(nn.gelu)(hidden), dropout)  # recomputed: cheaper than kept
             logits = logits + hidden @ self.param("heads", zeros, (self.hidden, 2))
         logits = logits + self.param("bias", zeros, (2,))[None]
         base_scale = self.param("base_scale", nn.initializers.ones_init(), (2,))

@@ -24,6 +24,7 @@ from cotrr.ranker import losses, model
 from cotrr.ranker.features import Features, Gates, Leaf, make_gates, make_mask
 from cotrr.ranker.model import Params, Reranker, Scores
 
+OTHERS = np.uint32(2**31)  # folds of a key beyond every epoch's and every member's
 WIDE = {"xla_cpu_prefer_vector_width": 512}  # all that a CPU has; other devices ignore it
 
 
@@ -50,6 +51,8 @@ class TrainConfig:
     learning_rate: float = setting(1e-2, "Peak learning rate (Adam, cosine schedule).", low=0)
     penalty: float = setting(0.16, "L2 penalty: this times the sum of squared weights.", low=0)
     dropout: float = setting(0.0, "Dropout of the hidden layer.", low=0, high=0.99)
+    bagging: float = setting(0.0, "A member weighs each query by an exponential draw to this power: 1 is the "
+                                  "Bayesian bootstrap, 0 weighs all alike.", low=0, high=4)  # fmt: skip
     margin: float = setting(0.0, "Score margin beyond which a pair counts as right.", low=0)
     pair_power: float = setting(0.0, "A pair weighs |Δy| to this power; 0 is plain RankNet.", low=0)
     lambda_power: float = setting(0.0, "A pair weighs its ΔnDCG to this power; 1 is LambdaRank.", low=0)
@@ -62,6 +65,13 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_settings(self)
         make_mask(names(self.groups), names(self.without))
+        if not names(self.groups):
+            raise InputError("--groups: name at least one")
+        if self.members > 1 and not (self.hidden or self.bagging):
+            raise InputError(
+                f"--members={self.members}: without --bagging or a --hidden layer nothing is random in a "
+                "member, and all would be the same"
+            )
         if self.folds == 1:
             raise InputError("--folds=1: expected 0 (the validation split) or at least 2")
 
@@ -80,6 +90,7 @@ class Hyperparameters(NamedTuple):
     learning_rate: Any
     penalty: Any
     dropout: Any
+    bagging: Any
     margin: Any
     pair_power: Any
     lambda_power: Any
@@ -246,15 +257,19 @@ class Train:
         without a better epoch for `patience` of them is frozen: its metrics are NaN.  `broken_step`
         is the first step whose loss was not finite, or -1.
         """
-        order_key = jax.random.fold_in(jax.random.key(self.config.seed), number)
+        # Members' keys are folds of the same seed: the order's lie elsewhere.
+        order_key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self.config.seed), OTHERS), number)
         order = jax.random.permutation(order_key, self.queries)
         # Where the batches do not divide the queries, the first few of the order come twice.
         batches = self._batches(jnp.resize(order, (self._steps * self._batch,)))
         epoch_key, gates = jax.random.fold_in(state.key, number), _gates(hparams, mask)
+        weights = self._weights(state.key, hparams)
 
         def step(carry: tuple[Params, Any], at: tuple[jax.Array, jax.Array]) -> Any:
             chosen, count = at
-            return self._step(carry, (chosen, jax.random.fold_in(epoch_key, count)), hparams, gates)
+            key = jax.random.fold_in(epoch_key, count)
+            weight = jnp.ones(len(chosen)) if weights is None else weights[chosen]
+            return self._step(carry, chosen, weight, key, hparams, gates)
 
         numbered = batches, jnp.arange(self._steps)
         (params, opt_state), metrics = jax.lax.scan(step, (state.params, state.optimizer), numbered)
@@ -299,6 +314,13 @@ class Train:
 
         return _by_view(take, self.examples)
 
+    def _weights(self, key: jax.Array, hparams: Hyperparameters) -> jax.Array | None:
+        """[Q] what each query counts in a lane: the Bayesian bootstrap (Rubin 1981); None: all alike."""
+        if hparams.bagging is None:
+            return None
+        drawn = jax.random.exponential(jax.random.fold_in(key, OTHERS), (self.queries + 1,))
+        return drawn**hparams.bagging
+
     def _spread(self, value: jax.Array, axis: int) -> jax.Array:
         if self.mesh is None:
             return value
@@ -317,17 +339,18 @@ class Train:
     def _step(
         self,
         carry: tuple[Params, Any],
-        at: tuple[jax.Array, jax.Array],
+        chosen: jax.Array,
+        weight: jax.Array,
+        key: jax.Array,
         hparams: Hyperparameters,
         gates: Gates,
     ) -> tuple[tuple[Params, Any], dict[str, jax.Array]]:
         """One optimiser step on all views of a lane."""
-        chosen, key = at
         examples = self._take(chosen)
 
         def one(params: Params, opt_state: Any, key: jax.Array, view: Examples) -> Any:
             gradient, parts = jax.grad(_batch_loss, has_aux=True)(
-                params, self._network, key, view, hparams, gates
+                params, self._network, key, view, weight, hparams, gates
             )
             updates, opt_state = self._optimizer(hparams).update(gradient, opt_state, params)
             norms = {"gradient_norm": optax.tree.norm(gradient), "update_norm": optax.tree.norm(updates)}
@@ -422,9 +445,15 @@ def _gates(hparams: Hyperparameters, mask: jax.Array) -> Gates:
 
 
 def _batch_loss(
-    params: Params, network: Reranker, key: jax.Array, view: Examples, hparams: Hyperparameters, gates: Gates
+    params: Params,
+    network: Reranker,
+    key: jax.Array,
+    view: Examples,
+    weight: jax.Array,
+    hparams: Hyperparameters,
+    gates: Gates,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Mean loss over the queries that one view learns from, plus the penalty."""
+    """Mean loss, under `weight` [B], over the queries that one view learns from, plus the penalty."""
 
     def one(key: jax.Array, example: Examples) -> Any:
         drop = {} if hparams.dropout is None else {"dropout": hparams.dropout, "rngs": {"dropout": key}}
@@ -432,7 +461,7 @@ def _batch_loss(
         return list_loss(scores, example, example.train, hparams)
 
     _, parts = jax.vmap(one)(jax.random.split(key, len(view.y)), view)
-    learned = jnp.any(view.train, axis=1).astype(jnp.float32)
+    learned = jnp.any(view.train, axis=1) * weight
     parts = {name: losses.masked_mean(part, learned) for name, part in parts.items()}
     parts["penalty"] = hparams.penalty * model.squared_norm(params)
     parts["total"] = parts["total"] + parts["penalty"]

@@ -468,9 +468,10 @@ def test_what_a_word_adds_to_a_query_is_found_in_the_images():
     words = features.vocabulary(lists)
     match = np.asarray(featurize(lists, features.fit(lists, words, SETTINGS), words).match)
     keys = ["color", "glass"]
-    assert match.shape == (*lists.where.shape, len(keys))
+    assert match.shape == (*lists.where.shape, 2 * len(keys))
     for q, (colour, _) in enumerate(lists.constraints):
-        assert match[q, :3, 0].argmax() == show.index(colour)
+        for column in (0, 2):  # along the word, and its share among the colours
+            assert match[q, :3, column].argmax() == show.index(colour)
     np.testing.assert_allclose(np.sqrt(np.mean(match[lists.where] ** 2, axis=0)), 1, rtol=1e-3)
     assert (match[~lists.where] == 0).all()
 
@@ -478,7 +479,7 @@ def test_what_a_word_adds_to_a_query_is_found_in_the_images():
 def test_words_are_the_ridge_solution_by_hand():
     lists, _ = spoken()
     words = features.vocabulary(lists)
-    axes, by_key, _ = features.word_axes(lists, words, np.zeros(12))
+    axes, by_key = features.word_axes(lists, words)
     leaf = ["=" in token for token in words.constraints]
     wanted = np.array([[float(t in wants) for t in words.constraints] for wants in lists.constraints])[
         :, leaf
@@ -506,7 +507,10 @@ def test_without_a_shared_space_there_is_nothing_to_match(missing):
         lists = lists._replace(image=lists.image[..., :0])
     words = features.vocabulary(lists)
     result = featurize(lists, features.fit(lists, words, SETTINGS), words)
-    assert result.match.shape[-1] == 0 and np.isfinite(result.attributes).all()
+    assert np.isfinite(result.attributes).all()
+    assert result.match.shape[-1] == (4 if missing == "text" else 0)  # as in a view that has texts
+    for match, there in zip(np.asarray(result.match), lists.where, strict=True):
+        assert (np.ptp(match[there], axis=0) == 0).all()  # no candidate matches better than another
 
 
 def test_a_query_without_its_embedding_and_an_image_without_one_match_nothing_wrong():
@@ -515,5 +519,17 @@ def test_a_query_without_its_embedding_and_an_image_without_one_match_nothing_wr
     lists.image[1, 0] = np.nan
     words = features.vocabulary(lists)
     match = np.asarray(featurize(lists, features.fit(lists, words, SETTINGS), words).match)
-    assert np.isfinite(match).all() and (match[1, 0] == 0).all()
+    assert np.isfinite(match).all() and (match[1, 0, :2] == 0).all()  # it stands where the mean image does
     assert (match[0, 0] != 0).any()  # the words are known from the other queries
+
+
+def test_matches_by_hand():
+    """Two colours and one glass; the third image lies between the colours."""
+    axes, by_key = np.eye(3), np.array([[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+    image, wants = np.array([[2.0, 0.0, 1.0], [0.0, 2.0, 0.0], [1.0, 1.0, 3.0]]), np.array([0.5, 0.0, 0.5])
+    match = features.match_words(image, wants, axes, by_key)
+    share = lambda x, y: np.log(np.exp(x) / (np.exp(x) + np.exp(y)))
+    expected = [[1.0, 0.5, share(2, 0), 0], [0, 0, share(0, 2), 0], [0.5, 1.5, share(1, 1), 0]]
+    np.testing.assert_allclose(match, expected, atol=1e-6)
+    nothing = features.match_words(image, np.zeros(3), axes, by_key)
+    np.testing.assert_array_equal(nothing, 0)

@@ -14,7 +14,7 @@ from tests.ranker.synthetic import NAMES, development, padded, randomised, witho
 LISTS = development(queries=6).lists
 WORDS = features.vocabulary(LISTS)
 STATISTICS = features.fit(LISTS, WORDS, features.Settings(4, 3))
-WIDTH, QUERY = 2 * len(NAMES) + 4 + 2, 1 + 3 + len(WORDS.constraints)
+WIDTH, QUERY = 2 * len(NAMES) + 4 + 4, 1 + 3 + len(WORDS.constraints)
 featurize = jax.jit(jax.vmap(features.featurize, in_axes=(None, 0)))
 widths = pytest.mark.parametrize("hidden", [0, 8])
 GATES = features.make_gates(features.make_mask(features.GROUPS), 0.6, 0.1)

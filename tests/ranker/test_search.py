@@ -32,7 +32,9 @@ def test_the_same_seed_draws_the_same_and_more_draws_go_on():
     assert search.draw(config, 16)[:9] == search.draw(config, 9)
     other = search.draw(dataclasses.replace(config, seed=1), 9)
     assert other[1].penalty != search.draw(config, 9)[1].penalty
-    assert {drawn.members for drawn in search.draw(dataclasses.replace(config, members=4), 5)} == {1}
+    assert {
+        drawn.members for drawn in search.draw(dataclasses.replace(config, members=4, bagging=1.0), 5)
+    } == {1}
 
 
 @pytest.mark.parametrize(("count", "epochs", "stages"), [(64, 60, 3), (8, 8, 3), (2, 1, 1), (5, 3, 4)])
