@@ -94,11 +94,11 @@ def main() -> None:
     result["acceptance"] = acceptance.table(result)
     _write(result, lists, contenders)
     _tell(result)
-    output = pathlib.Path(FLAGS.output)
+    output, source = pathlib.Path(FLAGS.output), passport["input"]["input"]
     done({"report": output / "report.html", "as text": output / "report.md",
           "as data": output / "report.json", "tensorboard": f"tensorboard --logdir={output / 'tensorboard'}"},
-         [f"python -m experiments.rerank --model={FLAGS.model[0]} --input={passport['input']['input']} "
-          "--output=reranked.jsonl --top_m=0"])  # fmt: skip
+         [f"python -m experiments.rerank --model={FLAGS.model[0]} --input={source} "
+          "--output=reranked.jsonl --top_m=0"] if pathlib.Path(source).exists() else [])  # fmt: skip
 
 
 def _contenders(models: dict[str, artifact.Model], lists: Lists) -> list[Contender]:

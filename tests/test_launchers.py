@@ -281,14 +281,26 @@ def test_wrong_calls_are_told_in_one_line(name, arguments, message, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["simulate_run", "generate_training_data", "train", "evaluate", "rerank", "demo"]
+    "name",
+    [
+        "simulate_run",
+        "generate_training_data",
+        "import_svmlight",
+        "train",
+        "sweep",
+        "ablate",
+        "evaluate",
+        "rerank",
+        "demo",
+    ],
 )
 def test_help_explains_every_flag(name):
     said = subprocess.run(
         [sys.executable, "-m", f"experiments.{name}", "--help"], cwd=ROOT, capture_output=True, text=True
     ).stdout
     assert f"python -m experiments.{name}" in said
-    flag = {"simulate_run": "--queries", "train": "--learning_rate", "demo": "--input"}.get(name, "--output")
+    training = dict.fromkeys(("train", "sweep", "ablate"), "--learning_rate")
+    flag = ({"simulate_run": "--queries", "demo": "--input"} | training).get(name, "--output")
     assert flag in said
 
 
