@@ -37,7 +37,7 @@ def lightgbm_ranker(
 
     model = lightgbm.LGBMRanker(
         n_estimators=max(TREES), label_gain=list(range(11)), min_child_samples=10, subsample=0.8,
-        subsample_freq=1, colsample_bytree=0.8, random_state=0, n_jobs=2, verbose=-1, **settings,
+        subsample_freq=1, colsample_bytree=0.8, random_state=0, n_jobs=1, verbose=-1, **settings,
     )  # fmt: skip
     model.fit(x, grade, group=group)
     return lambda x, trees: np.asarray(model.booster_.predict(x, num_iteration=trees))
@@ -52,7 +52,7 @@ def xgboost_ranker(objective: str) -> Callable:
         exponential = {} if objective == "rank:pairwise" else {"ndcg_exp_gain": False}
         model = xgboost.XGBRanker(
             objective=objective, n_estimators=max(TREES), subsample=0.8, colsample_bytree=0.8, random_state=0,
-            n_jobs=2, **exponential, **settings,
+            n_jobs=1, **exponential, **settings,
         )  # fmt: skip
         model.fit(x, grade, group=group)
         return lambda x, trees: model.predict(x, iteration_range=(0, trees))

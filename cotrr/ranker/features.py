@@ -232,7 +232,11 @@ def _word_statistics(lists: Lists, words: Vocabulary, image_mean: np.ndarray) ->
     ]
     one = jax.vmap(lambda image, wants: match_words(image[None], wants, axes, by_key)[0])
     size = np.sqrt(np.mean(np.asarray(one(image, wants)) ** 2, axis=0)) if len(by_key) else np.zeros(0)
-    return axes, by_key, np.where(size > 1e-9, size, np.inf)
+    return (
+        axes,
+        by_key,
+        np.where(size > 1e-3, size, np.inf),
+    )  # a key of one word: its share is 1, but for rounding
 
 
 def word_axes(lists: Lists, words: Vocabulary) -> tuple[np.ndarray, np.ndarray]:

@@ -177,9 +177,20 @@ def make_views(lists: Lists, canonical_id: np.ndarray, validation: np.ndarray, f
     by_query = fold("query_id", lists.query_id)[:, None]
     by_picture = np.full(lists.where.shape, -1)
     by_picture[lists.where] = fold("canonical_id", canonical_id[lists.where])
+    by_picture = np.where(_recurs(lists, canonical_id), by_picture, by_query)
     train = [labelled & (by_query != k) & (by_picture != k) for k in range(folds)] + [labelled]
     held_out = [judged & (by_query == k) & (by_picture == k) for k in range(folds)]
     return Views(np.stack(train), np.stack([*held_out, np.zeros_like(labelled)]))
+
+
+def _recurs(lists: Lists, canonical_id: np.ndarray) -> np.ndarray:
+    """[Q, n] bool: pictures of several queries; one of a single query goes where its query goes."""
+    query, place = np.nonzero(lists.where)
+    _, picture = np.unique(canonical_id[lists.where], return_inverse=True)
+    pairs = np.unique(np.stack([picture, query]), axis=1)
+    recurs = np.zeros(lists.where.shape, bool)
+    recurs[query, place] = (np.bincount(pairs[0]) > 1)[picture]
+    return recurs
 
 
 def make_examples(lists: Lists, features: Features, label_scale: Leaf, views: Views) -> Examples:

@@ -31,7 +31,7 @@ def make_model(hidden=0, groups="clip,so,conflict", members=2, missing=False, wi
     data = data._replace(lists=data.lists._replace(attributes=attributes))
     config = TrainConfig(
         folds=2, members=members, hidden=hidden, groups=groups, without=without,
-        image_components=2, text_components=2,
+        image_components=2, text_components=2, bagging=1.0,
     )  # fmt: skip
     setup = fitting.set_up(data, config, lambda scores, y, *, where: scores.sum())
     state = jax.eval_shape(training.init_lanes, setup.train, training.make_lanes([config]))

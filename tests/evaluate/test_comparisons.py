@@ -194,7 +194,8 @@ class TestSimultaneous:
         expected = comparisons.simultaneous(self.pivots)
         nothing = np.full((1, 2000), np.nan)
         assert comparisons.simultaneous(np.r_[self.pivots, nothing]) == expected
-        assert comparisons.simultaneous(np.full((2, 10), np.inf)) == np.inf
+        endless = np.where(np.arange(2000) == 7, np.inf, 0.0)[None]  # a resample without spread
+        assert comparisons.simultaneous(np.r_[self.pivots, endless]) == expected
 
 
 class TestFalseAlarms:

@@ -178,7 +178,7 @@ def test_dropout_keeps_the_mean():
     network = Reranker(hidden=8)
     draw = jax.jit(jax.vmap(lambda key: network.apply(params, one, GATES, 0.3, rngs={"dropout": key}).rank))
     mean = np.mean(draw(jax.random.split(jax.random.key(0), 20_000)), axis=0)
-    np.testing.assert_allclose(mean, network.apply(params, one, GATES).rank, atol=0.15)
+    np.testing.assert_allclose(mean, network.apply(params, one, GATES).rank, atol=0.3)
 
 
 @widths
