@@ -177,7 +177,7 @@ def describe(writer: SummaryWriter, setup: Setup, model: artifact.Model) -> None
             writer.image(f"calibration/{head}", plots.reliability(_bins(predicted, observed), head))
         choice = fitted.choices[head]
         losses = "\n".join(f"| {kind} | {loss:.4f} |" for kind, loss in choice.log_loss.items())
-        writer.text(f"calibration/{head}", f"chosen: {choice.kind}\n\n| kind | cross-validated log-loss |\n"
+        writer.text(f"calibrators/{head}", f"chosen: {choice.kind}\n\n| kind | cross-validated log-loss |\n"
                     f"|---|---:|\n{losses}")  # fmt: skip
 
 
