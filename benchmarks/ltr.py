@@ -117,7 +117,9 @@ def our_settings(quick: bool) -> list[TrainConfig]:
     order, both = {"lambda_power": 1.0}, {"lambda_power": 1.0, "ranknet_weight": 0.5, "softmax_weight": 0.5}
     small = {"hidden": 16, "members": 2, "penalty": 0.003}
     large = both | {"hidden": 32, "members": 3, "dropout": 0.4, "pointwise_weight": 1.0}
-    kinds = [kind | {"penalty": p} for kind in ({}, order, both) for p in (0.003, 0.03, 0.3, 1.0)]
+    kinds: list[dict[str, Any]] = [
+        kind | {"penalty": p} for kind in ({}, order, both) for p in (0.003, 0.03, 0.3, 1.0)
+    ]
     kinds += [small | kind | {"learning_rate": rate} for kind in (order, both) for rate in (0.01, 0.03)]
     kinds += [large | {"penalty": p, "learning_rate": rate} for p in (0.001, 0.003) for rate in (0.05, 0.08)]
     configs = [dataclasses.replace(BASE, **kind) for kind in kinds]

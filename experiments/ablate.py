@@ -33,7 +33,7 @@ FLAGS = flags.FLAGS
 FULL = "full"
 SHOWN = ("compliance@1", "compliance@3", "ndcg@10")
 LOSSES = {
-    "pairs weigh |Δy|": {"pair_power": 1.0},
+    "pairs weigh by their gap in y": {"pair_power": 1.0},
     "LambdaRank (ΔnDCG)": {"lambda_power": 1.0},
     "softmax instead of pairs": {"ranknet_weight": 0.0, "softmax_weight": 1.0},
     "softmax and pairs": {"softmax_weight": 1.0},
