@@ -234,9 +234,11 @@ def make_data(queries: int, candidates: int, validation: int = 0) -> Examples:
 
 def prepare(shape: Shape, data: Examples | None = None, epochs: int = 60) -> Program:
     """Compiles an epoch of lanes: seeds × learning rates × penalties × masks."""
-    fixed = {"folds": 0, "members": -(-shape.lanes // len(VARIED)), "hidden": shape.hidden, "epochs": epochs,
-             "patience": epochs, "batch_queries": shape.queries}  # fmt: skip
-    configs = [TrainConfig(**fixed, **varied) for varied in VARIED]
+    copies = -(-shape.lanes // len(VARIED))
+    members = copies if shape.hidden else 1  # without a hidden layer seeds would be the same
+    fixed = {"folds": 0, "members": members, "hidden": shape.hidden, "epochs": epochs, "patience": epochs,
+             "batch_queries": shape.queries}  # fmt: skip
+    configs = [TrainConfig(**fixed, **varied) for varied in VARIED * (copies // members)]
     lanes = jax.tree.map(lambda part: part[: shape.lanes], training.make_lanes(configs))
     data = data or make_data(shape.queries * shape.steps, shape.candidates)
     train = training.make_train(configs[0], data, METRIC)
@@ -279,9 +281,10 @@ class TorchLane:
         self.optimizer = adam(leaves, hparams.learning_rate, betas=(0.9, 0.99), fused=True)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, rate_at)
         self.discounts = tensor(log2_discounts(10))
-        keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(self.config.seed)))
-        shuffled = jax.vmap(lambda key: jax.random.permutation(key, len(self.learn)))
-        self.orders = tensor(shuffled(keys(jnp.arange(self.config.epochs))))
+        orders = [
+            training.query_order(self.config.seed, k, len(self.learn)) for k in range(self.config.epochs)
+        ]
+        self.orders = tensor(np.stack(orders))
 
     def epoch(self, number: int) -> dict[str, float]:
         """One pass over the lists that are learned from, in our order, and one over those held out."""

@@ -19,14 +19,31 @@ def expected_discounts(scores: jax.Array, discounts: jax.Array, *, where: jax.Ar
     Array([1.  , 0.25, 0.25], dtype=float32)
     """
     key = jnp.where(where, -scores, jnp.inf)
-    ordered = jnp.sort(key)
-    first = jnp.searchsorted(ordered, key, side="left")
+    first, last = _standing(key)
     # A score of -inf ties with the padding behind it: the run ends where the candidates do.
-    last = jnp.minimum(jnp.searchsorted(ordered, key, side="right"), jnp.sum(where))
+    last = jnp.minimum(last, jnp.sum(where))
     cumulative = jnp.concatenate([jnp.zeros(1, discounts.dtype), jnp.cumsum(discounts)])
     expected = (cumulative[last] - cumulative[first]) / jnp.maximum(last - first, 1)
     broken = jnp.any(jnp.isnan(scores) & where)
     return jnp.where(where, jnp.where(broken, jnp.nan, expected), 0.0)
+
+
+def _standing(key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """[n] how many keys are smaller than each, and how many are no larger.
+
+    Each is compared with all, which vectorises over lists where sorting does not: half the time.
+    """
+    odd = -len(key) % 16
+    padded = jnp.pad(key, (0, odd), constant_values=jnp.inf)
+    twice = jnp.concatenate([padded, padded])
+
+    def meet(counts: tuple[jax.Array, jax.Array], k: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
+        other = jax.lax.dynamic_slice(twice, (k,), (len(padded),))
+        return (counts[0] + (other < padded), counts[1] + (other <= padded)), None
+
+    none = jnp.zeros(len(padded), jnp.int32)
+    (less, upto), _ = jax.lax.scan(meet, (none, none + 1), jnp.arange(1, len(padded)), unroll=8)
+    return less[: len(key)], upto[: len(key)]
 
 
 def log2_discounts(n: int, k: int | None = None, *, letor: bool = False) -> np.ndarray:

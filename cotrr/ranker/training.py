@@ -268,9 +268,7 @@ class Train:
         without a better epoch for `patience` of them is frozen: its metrics are NaN.  `broken_step`
         is the first step whose loss was not finite, or -1.
         """
-        # Members' keys are folds of the same seed: the order's lie elsewhere.
-        order_key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self.config.seed), OTHERS), number)
-        order = jax.random.permutation(order_key, self.queries)
+        order = query_order(self.config.seed, number, self.queries)
         # Where the batches do not divide the queries, the first few of the order come twice.
         batches = self._batches(jnp.resize(order, (self._steps * self._batch,)))
         epoch_key, gates = jax.random.fold_in(state.key, number), _gates(hparams, mask)
@@ -388,6 +386,13 @@ class Train:
                         constant_values=self.queries)  # fmt: skip
         values = jax.lax.map(batch, self._batches(order))  # [steps, F, batch]
         return {f"validation_{name}": jnp.nanmean(value, axis=(0, 2)) for name, value in values.items()}
+
+
+def query_order(seed: int, number: jax.Array | int, queries: int) -> jax.Array:
+    """[Q] the order in which epoch `number` takes the queries, the same for every lane."""
+    # Members' keys are folds of the same seed: the orders' lie elsewhere.
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), OTHERS), number)
+    return jax.random.permutation(key, queries)
 
 
 def make_train(
