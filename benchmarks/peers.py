@@ -8,6 +8,7 @@ split of the rows they may learn from, by query and picture, by the nDCG@10 of i
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from cotrr.data.lists import Lists
@@ -21,12 +22,16 @@ SETTINGS = tuple({"learning_rate": rate, "max_depth": depth} for rate in (0.03, 
 
 
 class Peer(NamedTuple):
-    """A ranker of a library: `fit(x, grade, group, settings)` gives `predict(x, trees)`."""
+    """A ranker of a library: `fit(x, grade, group, settings)` gives `predict(x, trees)`.
+
+    With `matches` it also sees our features of how well an image matches the wanted words.
+    """
 
     name: str
     fit: Callable[
         [np.ndarray, np.ndarray, np.ndarray, dict[str, Any]], Callable[[np.ndarray, int], np.ndarray]
     ]
+    matches: bool = False
 
 
 def lightgbm_ranker(
@@ -62,6 +67,7 @@ def xgboost_ranker(objective: str) -> Callable:
 
 PEERS = (
     Peer("LightGBM lambdarank", lightgbm_ranker),
+    Peer("LightGBM, our matches", lightgbm_ranker, matches=True),
     Peer("XGBoost pairwise", xgboost_ranker("rank:pairwise")),
     Peer("XGBoost ndcg", xgboost_ranker("rank:ndcg")),
 )
@@ -101,7 +107,13 @@ def _scores(
     mean, axes = features.principal_axes(np.unique(lists.image[where], axis=0), COMPONENTS)
     image = (np.nan_to_num(lists.image) - mean) @ axes
     wanted = np.broadcast_to(wants[:, None], (*where.shape, wants.shape[1]))
-    x = np.concatenate([lists.attributes, wanted, image], axis=-1).astype(np.float32)
+    parts = [lists.attributes, wanted, image]
+    if peer.matches:
+        kept = lists._replace(where=where).take(np.flatnonzero(where.any(axis=1)))
+        fitted = features.fit(kept, words, features.Settings(COMPONENTS, 0))
+        seen = jax.vmap(features.featurize, in_axes=(None, 0))(fitted, features.encode(lists, words))
+        parts.append(np.asarray(seen.match))
+    x = np.concatenate(parts, axis=-1).astype(np.float32)
     kept = where & lists.labelled
     grade = np.rint(10 * lists.compliance[kept]).astype(int)
     group = kept.sum(axis=1)
