@@ -1,6 +1,7 @@
 """Orbax checkpoints of a training state (a tree of arrays, typed keys included)."""
 
 import pathlib
+import shutil
 import warnings
 from typing import TypeVar
 
@@ -66,6 +67,8 @@ class Checkpoints:
         self._checkpointer.close()
         devices.meet("before a damaged checkpoint is put aside")
         if devices.primary():
-            (self._folder / str(step)).rename(self._folder.parent / f"damaged-{self._folder.name}-{step}")
+            aside = self._folder.parent / f"damaged-{self._folder.name}-{step}"
+            shutil.rmtree(aside, ignore_errors=True)  # of an earlier time
+            (self._folder / str(step)).rename(aside)
         devices.meet("after a damaged checkpoint was put aside")
         self._checkpointer = self._open()
