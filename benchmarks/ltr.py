@@ -38,7 +38,7 @@ from cotrr.evaluate import comparisons, figures
 from cotrr.evaluate.metrics import ndcg
 from cotrr.evaluate.report import figure_text, parts
 from cotrr.ranker import artifact, fitting, training
-from cotrr.ranker.training import TrainConfig
+from cotrr.ranker.lanes import TrainConfig, make_lanes
 from experiments.terminal import say
 
 FLAGS = flags.FLAGS
@@ -133,7 +133,7 @@ def ours(data: Collection, at: Round, quick: bool) -> Iterator[np.ndarray]:
     for _, group in itertools.groupby(our_settings(quick), key=lambda config: config.hidden):
         configs = list(group)
         setup = fitting.set_up(development, configs[0], LOGGED)
-        lanes = training.make_lanes(configs)
+        lanes = make_lanes(configs)
         state = training.init_lanes(setup.train, lanes)
         for number in range(configs[0].epochs):
             state, _ = training.run_epoch(setup.train, state, jnp.asarray(number), lanes)

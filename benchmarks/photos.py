@@ -27,7 +27,7 @@ from cotrr.evaluate.metrics import ndcg
 from cotrr.evaluate.ranking import System
 from cotrr.evaluate.report import figure_text
 from cotrr.ranker import artifact, features, fitting, training
-from cotrr.ranker.training import TrainConfig
+from cotrr.ranker.lanes import TrainConfig, make_lanes
 from experiments.terminal import say
 
 FLAGS = flags.FLAGS
@@ -53,7 +53,7 @@ def develop(lists: Lists, canonical_id: np.ndarray, where: np.ndarray, config: T
     setup = fitting.set_up(
         fitting.Development(part, canonical_id[kept], np.zeros(len(kept), bool)), config, partial(ndcg, k=10)
     )
-    lanes = training.make_lanes([config])
+    lanes = make_lanes([config])
     state = training.init_lanes(setup.train, lanes)
     for number in range(config.epochs):
         state, _ = training.run_epoch(setup.train, state, jnp.asarray(number), lanes)

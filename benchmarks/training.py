@@ -43,7 +43,9 @@ from cotrr.config import launch
 from cotrr.evaluate.metrics import log2_discounts, ndcg
 from cotrr.ranker import features, training
 from cotrr.ranker.features import Features
-from cotrr.ranker.training import Examples, Lanes, State, Train, TrainConfig
+from cotrr.ranker.lanes import Lanes, TrainConfig, make_lanes
+from cotrr.ranker.training import State, Train
+from cotrr.ranker.views import Examples
 from experiments.terminal import say
 
 FLAGS = flags.FLAGS
@@ -239,7 +241,7 @@ def prepare(shape: Shape, data: Examples | None = None, epochs: int = 60) -> Pro
     fixed = {"folds": 0, "members": members, "hidden": shape.hidden, "epochs": epochs, "patience": epochs,
              "batch_queries": shape.queries}  # fmt: skip
     configs = [TrainConfig(**fixed, **varied) for varied in VARIED * (copies // members)]
-    lanes = jax.tree.map(lambda part: part[: shape.lanes], training.make_lanes(configs))
+    lanes = jax.tree.map(lambda part: part[: shape.lanes], make_lanes(configs))
     data = data or make_data(shape.queries * shape.steps, shape.candidates)
     train = training.make_train(configs[0], data, METRIC)
     jax.clear_caches()

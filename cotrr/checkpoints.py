@@ -41,11 +41,6 @@ class Checkpoints:
         if not saved:
             raise OSError(f"{self._folder}: there is one later than step {step}")
 
-    def latest(self) -> int | None:
-        """The newest step there is, or None."""
-        found = self._checkpointer.latest
-        return None if found is None else found.step
-
     def load(self, step: int, like: T) -> T:
         """The state of `step`; `like` is a freshly initialised state of the same shape."""
         return self._checkpointer.load(step, like)

@@ -24,7 +24,7 @@ from cotrr.evaluate import figures, probabilities, ranking, systems
 from cotrr.evaluate.ranking import System
 from cotrr.evaluate.report import figure_text, metric_name, p_text
 from cotrr.ranker import artifact, features, fitting, search, training
-from cotrr.ranker.training import TrainConfig, names
+from cotrr.ranker.lanes import TrainConfig, make_lanes, names
 from experiments import loop
 from experiments.loop import Loop
 from experiments.terminal import done, say
@@ -105,7 +105,7 @@ def main() -> None:
 
 def train(setup: fitting.Setup, configs: dict[str, TrainConfig], epochs: Loop) -> dict[str, artifact.Model]:
     """The model of each ablation, all trained together."""
-    lanes = training.make_lanes(list(configs.values()))
+    lanes = make_lanes(list(configs.values()))
     state, first = epochs.begin(training.init_lanes(setup.train, lanes))
     state = epochs.run(setup, lanes, state, first, setup.config.epochs)
     members = setup.config.members

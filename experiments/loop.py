@@ -24,11 +24,12 @@ from cotrr.data import certificate, dataset, labels
 from cotrr.data.lists import Lists, to_lists
 from cotrr.errors import InputError
 from cotrr.evaluate import plots
-from cotrr.evaluate.calibration import BINS, bin_of
+from cotrr.evaluate.calibration import bin_of, bin_sums
 from cotrr.evaluate.metrics import ndcg
 from cotrr.ranker import artifact, fitting, training
 from cotrr.ranker.fitting import Development, Setup
-from cotrr.ranker.training import Hyperparameters, Lanes, State, TrainConfig
+from cotrr.ranker.lanes import Hyperparameters, Lanes, TrainConfig
+from cotrr.ranker.training import State
 from cotrr.summaries import SummaryWriter
 from experiments.terminal import say, warn
 
@@ -183,11 +184,8 @@ def describe(writer: SummaryWriter, setup: Setup, model: artifact.Model) -> None
 
 def _bins(predicted: np.ndarray, observed: np.ndarray) -> list[Mapping[str, Any]]:
     """Reliability bins of equal width, without the empty ones."""
-    row = bin_of(predicted)
-    chosen = [row == k for k in range(BINS)]
-    return [{"n": int(inside.sum()), "predicted": predicted[inside].mean(),
-             "observed": observed[inside].mean(), "ci": None}
-            for inside in chosen if inside.any()]  # fmt: skip
+    sums = bin_sums(np.zeros(len(predicted), int), predicted, observed, bin_of(predicted), 1)[0]
+    return [{"n": int(n), "predicted": p / n, "observed": y / n, "ci": None} for n, p, y in sums if n]
 
 
 class Loop:
@@ -246,7 +244,7 @@ class Loop:
         if devices.primary():
             there = path.read_bytes().splitlines(keepends=True) if path.exists() else []
             with files.replacing(path) as temporary:
-                temporary.write_bytes(b"".join(there[: reached - first]))
+                temporary.write_bytes(b"".join(line for line in there if _epoch_of(line) <= reached))
         for (config, member), writer in zip(self._lanes, self._writers, strict=False):
             if there:
                 writer.restart(reached + 1)
@@ -261,7 +259,7 @@ class Loop:
         """
         config, clock = setup.config, _Clock(first, last)
         for number in range(first, last):
-            before = training.stopped(state, number, config)
+            before = np.asarray(training.stopped(state, number, config))
             if before.all():
                 say(f"  every lane has stopped after epoch {number}")
                 break
@@ -362,6 +360,14 @@ def _on_sigterm(call: Any) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _epoch_of(line: bytes) -> float:
+    """The epoch that a line of the log is about; infinite for the half of a line that a kill may leave."""
+    try:
+        return json.loads(line)["epoch"]
+    except (ValueError, TypeError, KeyError):
+        return np.inf
 
 
 def _numbers(config: TrainConfig) -> dict[str, float]:

@@ -19,7 +19,8 @@ from absl import flags
 from cotrr import files
 from cotrr.config import dataclass_from_flags, launch
 from cotrr.ranker import artifact, fitting, search, training
-from cotrr.ranker.training import State, TrainConfig
+from cotrr.ranker.lanes import TrainConfig, make_lanes
+from cotrr.ranker.training import State
 from cotrr.summaries import SummaryWriter
 from experiments import loop
 from experiments.loop import Loop
@@ -67,7 +68,7 @@ def halve(
 
     Each rung has a folder with its own checkpoints, so a search that was killed goes on where it was.
     """
-    everyone = training.make_lanes(configs)
+    everyone = make_lanes(configs)
     alive, state, first = list(range(len(configs))), training.init_lanes(setup.train, everyone), 0
     stages, looked_at = search.rungs(len(configs), setup.config.epochs, FLAGS.rungs), []
     for stage, rung in enumerate(stages):
@@ -114,7 +115,7 @@ def crown(
     if members > 1:
         configs = [dataclasses.replace(config, members=members) for config in configs[: FLAGS.finalists]]
         say(f"{len(configs)} finalists with {members} seeds each")
-        lanes = training.make_lanes(configs)
+        lanes = make_lanes(configs)
         with Loop(workdir, configs, FLAGS.checkpoint_every, strict=False) as epochs:
             state, first = epochs.begin(training.init_lanes(setup.train, lanes))
             state = epochs.run(setup, lanes, state, first, setup.config.epochs)

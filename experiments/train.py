@@ -14,7 +14,7 @@ from absl import flags
 from cotrr import devices
 from cotrr.config import dataclass_from_flags, launch
 from cotrr.ranker import artifact, fitting, training
-from cotrr.ranker.training import TrainConfig
+from cotrr.ranker.lanes import TrainConfig, make_lanes
 from experiments import loop
 from experiments.loop import Loop
 from experiments.terminal import done, say
@@ -55,7 +55,7 @@ def train(setup: fitting.Setup, workdir: pathlib.Path, passport: dict) -> str:
     rows = setup.views.train.sum(axis=(1, 2))
     say(f"{setup.config.members} lanes of {len(rows)} views, learning from {rows.min():,} to {rows.max():,} "
         f"of {setup.development.lists.labelled.sum():,} labelled rows")  # fmt: skip
-    lanes = training.make_lanes([setup.config])
+    lanes = make_lanes([setup.config])
     with Loop(workdir, [setup.config], FLAGS.checkpoint_every) as epochs:
         state, first = epochs.begin(training.init_lanes(setup.train, lanes))
         state = epochs.run(setup, lanes, state, first, setup.config.epochs)

@@ -17,15 +17,23 @@ from tests.conftest import scored_line
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
-def launch(name: str, *arguments: object, fails: int = 0) -> str:
-    """Runs a launcher; returns what it said."""
-    done = subprocess.run(
+def start(name: str, *arguments: object) -> subprocess.Popen:
+    """Starts a launcher; its standard output has all that it says."""
+    return subprocess.Popen(
         [sys.executable, "-m", f"experiments.{name}", *map(str, arguments)],
-        cwd=ROOT, capture_output=True, text=True, timeout=300,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
-    said = done.stdout + done.stderr
-    assert done.returncode == fails, said
+
+
+def launch(name: str, *arguments: object, fails: int = 0) -> str:
+    """Runs a launcher to its end; returns what it said."""
+    process = start(name, *arguments)
+    try:
+        said, _ = process.communicate(timeout=300)
+    finally:
+        process.kill()
+    assert process.returncode == fails, said
     return said
 
 

@@ -15,7 +15,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cotrr.ranker import artifact
-from tests.test_launchers import ROOT, launch
+from tests.test_launchers import ROOT, launch, start
 
 SETTINGS = ["--folds=3", "--epochs=12", "--image_components=16", "--checkpoint_every=4", "--hidden=4",
             "--dropout=0.1", "--members=2"]  # fmt: skip
@@ -39,12 +39,8 @@ def straight(data, tmp_path_factory):
     return folder
 
 
-def start(data, folder, *more):
-    command = [sys.executable, "-m", "experiments.train", f"--data={data}", f"--workdir={folder}", *SETTINGS]
-    return subprocess.Popen(
-        [*command, *more], cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+def start_training(data, folder, *more):
+    return start("train", f"--data={data}", f"--workdir={folder}", *SETTINGS, *more)
 
 
 def assert_same_model(one, other):
@@ -66,13 +62,13 @@ def wait_for(path, process):
 @pytest.mark.parametrize("seed", range(2))
 def test_a_run_killed_at_random_moments_ends_in_the_same_bits(data, straight, tmp_path, seed):
     folder, rng = tmp_path / "model", random.Random(seed)
-    process = start(data, folder)
+    process = start_training(data, folder)
     wait_for(folder / "checkpoints" / "4", process)
     for _ in range(2):
         time.sleep(rng.uniform(0, 1.5))
         process.kill()
         process.communicate()
-        process = start(data, folder, "--resume")
+        process = start_training(data, folder, "--resume")
         wait_for(folder / "epochs.jsonl", process)
     process.communicate()
     assert process.returncode == 0
@@ -81,7 +77,7 @@ def test_a_run_killed_at_random_moments_ends_in_the_same_bits(data, straight, tm
 
 def test_a_run_told_to_end_keeps_its_epoch_and_goes_on(data, straight, tmp_path):
     folder = tmp_path / "model"
-    process = start(data, folder, "--checkpoint_every=1000")
+    process = start_training(data, folder, "--checkpoint_every=1000")
     wait_for(folder / "epochs.jsonl", process)
     while not (folder / "epochs.jsonl").read_text().count("\n"):
         time.sleep(0.01)
@@ -95,7 +91,7 @@ def test_a_run_told_to_end_keeps_its_epoch_and_goes_on(data, straight, tmp_path)
 
 def test_a_damaged_checkpoint_costs_one_interval(data, straight, tmp_path):
     folder = tmp_path / "model"
-    process = start(data, folder)
+    process = start_training(data, folder)
     wait_for(folder / "checkpoints" / "8", process)
     process.kill()
     process.communicate()
@@ -126,7 +122,7 @@ def test_two_processes_train_what_one_does(data, straight, tmp_path):
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     folder = tmp_path / "model"
-    both = [start(data, folder, "--distributed", f"--coordinator=localhost:{port}", "--processes=2",
+    both = [start_training(data, folder, "--distributed", f"--coordinator=localhost:{port}", "--processes=2",
                   f"--process={k}") for k in range(2)]  # fmt: skip
     said = [process.communicate(timeout=300)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], said

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cotrr.compilation import WIDE
 from cotrr.evaluate import bootstrap
 from cotrr.evaluate.bootstrap import Draw, all_weights, counts, over_devices
 
@@ -60,7 +61,7 @@ def weighted_wins(draw: Draw, items: Items) -> np.ndarray:
     return np.concatenate(over_devices(program, draw.resamples, columns, tuple(padded)))
 
 
-@partial(jax.jit, static_argnames=("units", "rows"), compiler_options=bootstrap.WIDE)
+@partial(jax.jit, static_argnames=("units", "rows"), compiler_options=WIDE)
 def _win_chunk(
     seed: jax.Array,
     start: jax.Array,

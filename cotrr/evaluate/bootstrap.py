@@ -19,11 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.stats import poisson
 
+from cotrr.compilation import WIDE
+
 SPREAD = 3.5  # deviations that the Poisson total is kept below U
 DIGITS, BITS = 3, 11  # a value is a whole number of 2^-33 of its column's size
 BLOCK = 4096  # units: so many digits, each drawn twice on average, still add up to less than 2^24
 SMALL = 2**21  # counts: up to here NumPy is done before a compiler would be
-WIDE = {"xla_cpu_prefer_vector_width": 512}  # all that a CPU has: a third faster, other devices ignore it
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _FLIPS = 2**31  # stream of `flips`; even streams are Poisson counts by attempt, 1 their top-up
 

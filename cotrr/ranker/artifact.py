@@ -21,8 +21,8 @@ from cotrr.data.splits import unit_hash
 from cotrr.errors import InputError
 from cotrr.ranker import calibration, features
 from cotrr.ranker.calibration import Calibration
+from cotrr.ranker.lanes import names
 from cotrr.ranker.model import Params, Reranker, Scores
-from cotrr.ranker.training import names
 
 FORMAT = 3
 SCORING_BATCH = 32  # queries scored at once: bounds memory

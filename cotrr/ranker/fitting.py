@@ -11,7 +11,9 @@ from jax.sharding import Mesh
 from cotrr.data.lists import Lists
 from cotrr.errors import InputError
 from cotrr.ranker import artifact, calibration, features, training
-from cotrr.ranker.training import State, Train, TrainConfig, Views
+from cotrr.ranker.lanes import TrainConfig
+from cotrr.ranker.training import State, Train
+from cotrr.ranker.views import Views, make_examples, make_views
 
 
 class Development(NamedTuple):
@@ -45,7 +47,7 @@ def set_up(
     Raises InputError where there is nothing to learn from or nothing held out.
     """
     lists = development.lists
-    views = training.make_views(lists, development.canonical_id, development.validation, config.folds)
+    views = make_views(lists, development.canonical_id, development.validation, config.folds)
     _check(views, config)
     words = features.vocabulary(_rows(lists, views.train[-1]))
     settings = features.Settings(config.image_components, config.text_components)
@@ -53,7 +55,7 @@ def set_up(
     statistics = features.Statistics(*map(lambda *parts: np.stack(parts), *fitted))
     encoded = features.encode(lists, words)
     scale = statistics.label_scale[:, encoded.domain]
-    examples = training.make_examples(lists, featurize_views(statistics, encoded), scale, views)
+    examples = make_examples(lists, featurize_views(statistics, encoded), scale, views)
     train = training.make_train(config, examples, metric, mesh)
     return Setup(config, development, words, statistics, encoded, views, train)
 

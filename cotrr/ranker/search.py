@@ -9,7 +9,8 @@ import jax
 import numpy as np
 from scipy.stats import qmc
 
-from cotrr.ranker.training import State, TrainConfig
+from cotrr.ranker.lanes import TrainConfig
+from cotrr.ranker.training import State
 
 
 class Range(NamedTuple):

@@ -6,7 +6,7 @@ view sees the same batches of queries, so a batch is gathered, and its features 
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,121 +16,14 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from cotrr.config import check_settings, setting
-from cotrr.data.lists import Lists
-from cotrr.data.splits import unit_hash
-from cotrr.errors import InputError
+from cotrr.compilation import WIDE
 from cotrr.ranker import losses, model
-from cotrr.ranker.features import Features, Gates, Leaf, make_gates, make_mask
+from cotrr.ranker.features import Features, Gates, make_gates
+from cotrr.ranker.lanes import Hyperparameters, Lanes, TrainConfig
 from cotrr.ranker.model import Params, Reranker, Scores
+from cotrr.ranker.views import BY_VIEW, Examples, by_view
 
 OTHERS = np.uint32(2**31)  # folds of a key beyond every epoch's and every member's
-WIDE = {"xla_cpu_prefer_vector_width": 512}  # all that a CPU has; other devices ignore it
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    """Settings of a training run; each is a flag."""
-
-    seed: int = setting(0, "Seed of parameters, batches and dropout.", low=0, high=2**31)
-    folds: int = setting(5, "Cross-validation folds over train and validation together; 0 validates "
-                            "on the validation split.", low=0)  # fmt: skip
-    members: int = setting(1, "Ensemble members: lanes that differ in their seed.", low=1)
-    groups: str = setting("clip,so,conflict", "Feature groups to use.")
-    without: str = setting("", "Attributes of these groups to leave out, or `embeddings`.")
-    image_components: int = setting(64, "Principal components of the image embeddings.", low=0)
-    text_components: int = setting(16, "Principal components of the text embeddings.", low=0)
-    image_size: float = setting(0.6, "Root mean square of the image components: smaller, and the "
-                                     "penalty holds them tighter.", low=0)  # fmt: skip
-    text_size: float = setting(0.3, "Root mean square of the text components.", low=0)
-    match_size: float = setting(2.0, "Root mean square of how well an image matches the wanted words.", low=0)
-    hidden: int = setting(0, "Width of the hidden layer; 0 leaves it out.", low=0)
-    epochs: int = setting(60, "Passes over the queries, at most.", low=1)
-    patience: int = setting(30, "Epochs without a lower validation loss before a lane stops.", low=1)
-    batch_queries: int = setting(60, "Queries per step.", low=1)
-    learning_rate: float = setting(1e-2, "Peak learning rate (Adam, cosine schedule).", low=0)
-    penalty: float = setting(0.16, "L2 penalty: this times the sum of squared weights.", low=0)
-    dropout: float = setting(0.0, "Dropout of the hidden layer.", low=0, high=0.99)
-    bagging: float = setting(0.0, "A member weighs each query by an exponential draw to this power: 1 is the "
-                                  "Bayesian bootstrap, 0 weighs all alike.", low=0, high=4)  # fmt: skip
-    margin: float = setting(0.0, "Score margin beyond which a pair counts as right.", low=0)
-    pair_power: float = setting(0.0, "A pair weighs |Δy| to this power; 0 is plain RankNet.", low=0)
-    lambda_power: float = setting(0.0, "A pair weighs its ΔnDCG to this power; 1 is LambdaRank.", low=0)
-    ranknet_weight: float = setting(1.0, "Weight of the pairwise loss.", low=0)
-    softmax_weight: float = setting(0.0, "Weight of the listwise softmax loss.", low=0)
-    pointwise_weight: float = setting(1.0, "Weight of the cross-entropy of the score to y, which "
-                                           "makes scores comparable across queries.", low=0)  # fmt: skip
-    conflict_weight: float = setting(16.0, "Weight of the conflict head's cross-entropy.", low=0)
-
-    def __post_init__(self) -> None:
-        check_settings(self)
-        make_mask(names(self.groups), names(self.without))
-        if not names(self.groups):
-            raise InputError("--groups: name at least one")
-        if self.members > 1 and not (self.hidden or self.bagging):
-            raise InputError(
-                f"--members={self.members}: without --bagging or a --hidden layer nothing is random in a "
-                "member, and all would be the same"
-            )
-        if self.folds == 1:
-            raise InputError("--folds=1: expected 0 (the validation split) or at least 2")
-
-
-def names(text: str) -> tuple[str, ...]:
-    """The names in a flag's comma-separated list."""
-    return tuple(word.strip() for word in text.split(",") if word.strip())
-
-
-class Hyperparameters(NamedTuple):
-    """The settings that are numbers to a compiled program: lanes may differ in them.
-
-    None where no lane uses one: it is then left out of the program.
-    """
-
-    learning_rate: Any
-    penalty: Any
-    dropout: Any
-    bagging: Any
-    margin: Any
-    pair_power: Any
-    lambda_power: Any
-    ranknet_weight: Any
-    softmax_weight: Any
-    pointwise_weight: Any
-    conflict_weight: Any
-    image_size: Any
-    text_size: Any
-    match_size: Any
-
-
-class Lanes(NamedTuple):
-    """What V lanes differ in: the three arguments of training, each with a leading axis."""
-
-    key: jax.Array  # [V] of initial parameters and dropout
-    hparams: Hyperparameters  # leaves [V]
-    mask: Leaf  # [V, A + 1] bool, in the order of features.MASKED
-
-
-class Views(NamedTuple):
-    """Which rows each of F views learns from, and which it is validated on."""
-
-    train: Leaf  # [F, Q, n] bool
-    held_out: Leaf  # [F, Q, n] bool; with folds the last view, the final one, holds out nothing
-
-
-class Examples(NamedTuple):
-    """Q lists as F views see them: what training needs of the data."""
-
-    features: Features  # [F, Q, ...] by the view's own statistics
-    gap: Leaf  # [F, Q, n] y in the view's deviations of its domain: RankNet's labels
-    train: Leaf  # [F, Q, n] bool: rows to learn from
-    held_out: Leaf  # [F, Q, n] bool: rows to validate on
-    y: Leaf  # [Q, n]
-    conflict: Leaf  # [Q, n] 0 or 1, or a probability where silver
-
-
-# Views differ in these; the labels themselves are shared.
-BY_VIEW = Examples(features=0, gap=0, train=0, held_out=0, y=None, conflict=None)  # type: ignore[arg-type]
 
 
 class State(NamedTuple):
@@ -143,63 +36,6 @@ class State(NamedTuple):
     best: jax.Array  # [] that loss
     best_metric: jax.Array  # [] the mean validation metric of that epoch
     best_epoch: jax.Array  # [] counted from 1
-
-
-def make_lanes(configs: Sequence[TrainConfig]) -> Lanes:
-    """One lane for each member of each config, members of one config side by side."""
-    members = [(config, k) for config in configs for k in range(config.members)]
-    seed = jax.vmap(jax.random.key)(np.array([config.seed for config, _ in members], np.uint32))
-    key = jax.vmap(jax.random.fold_in)(seed, np.array([k for _, k in members], np.uint32))
-
-    def column(name: str) -> np.ndarray | None:
-        values = np.array([getattr(config, name) for config, _ in members], np.float32)
-        return values if values.any() or name in ("learning_rate", "penalty") else None
-
-    hparams = Hyperparameters(*map(column, Hyperparameters._fields))
-    mask = np.stack([make_mask(names(config.groups), names(config.without)) for config, _ in members])
-    return Lanes(key, hparams, mask)
-
-
-def make_views(lists: Lists, canonical_id: np.ndarray, validation: np.ndarray, folds: int) -> Views:
-    """Rows by view; `canonical_id` [Q, n] object, `validation` [Q] bool: queries of that split.
-
-    View k of the folds holds out the labelled rows whose query and picture are both in fold k and
-    learns from those where neither is (folds go by keyed hashes, like splits); behind them stands
-    the final view, which learns from every row.  Without folds the final view is alone and holds out
-    the validation split.  Held-out rows are gold where there is any gold: they choose the epoch and
-    calibrate, and gold and silver are never judged together.
-    """
-    labelled = lists.labelled
-    judged = labelled & lists.gold if (labelled & lists.gold).any() else labelled
-    if not folds:
-        return Views((labelled & ~validation[:, None])[None], (judged & validation[:, None])[None])
-    fold = lambda kind, ids: (unit_hash(kind, ids, "folds") * folds).astype(int)
-    by_query = fold("query_id", lists.query_id)[:, None]
-    by_picture = np.full(lists.where.shape, -1)
-    by_picture[lists.where] = fold("canonical_id", canonical_id[lists.where])
-    by_picture = np.where(_recurs(lists, canonical_id), by_picture, by_query)
-    train = [labelled & (by_query != k) & (by_picture != k) for k in range(folds)] + [labelled]
-    held_out = [judged & (by_query == k) & (by_picture == k) for k in range(folds)]
-    return Views(np.stack(train), np.stack([*held_out, np.zeros_like(labelled)]))
-
-
-def _recurs(lists: Lists, canonical_id: np.ndarray) -> np.ndarray:
-    """[Q, n] bool: pictures of several queries; one of a single query goes where its query goes."""
-    query, place = np.nonzero(lists.where)
-    _, picture = np.unique(canonical_id[lists.where], return_inverse=True)
-    pairs = np.unique(np.stack([picture, query]), axis=1)
-    recurs = np.zeros(lists.where.shape, bool)
-    recurs[query, place] = (np.bincount(pairs[0]) > 1)[picture]
-    return recurs
-
-
-def make_examples(lists: Lists, features: Features, label_scale: Leaf, views: Views) -> Examples:
-    """What training needs of labelled lists; `label_scale` [F, Q] is the deviation of y by query.
-
-    Dividing by it normalises y inside its domain: monotone, so no pair changes its order.
-    """
-    gap = lists.y / np.asarray(label_scale)[:, :, None]
-    return Examples(features, gap, views.train, views.held_out, lists.y, lists.conflict)
 
 
 def list_loss(
@@ -292,9 +128,9 @@ class Train:
             jnp.nanmean(metrics["validation_metric"]),
             number + 1,
         )
-        stopped = number - state.best_epoch >= self.config.patience
-        metrics = {name: jnp.where(stopped, jnp.nan, values) for name, values in metrics.items()}
-        keep = lambda old, new: jax.tree.map(partial(jnp.where, stopped), old, new)
+        over = stopped(state, number, self.config)
+        metrics = {name: jnp.where(over, jnp.nan, values) for name, values in metrics.items()}
+        keep = lambda old, new: jax.tree.map(partial(jnp.where, over), old, new)
         return State(state.key, *keep(tuple(state)[1:], tuple(new)[1:])), metrics
 
     @property
@@ -321,7 +157,7 @@ class Train:
         def take(axis: int, part: Any) -> Any:
             return jax.tree.map(lambda value: self._spread(jnp.take(value, chosen, axis=axis), axis), part)
 
-        return _by_view(take, self.examples)
+        return by_view(take, self.examples)
 
     def _weights(self, key: jax.Array, hparams: Hyperparameters) -> jax.Array | None:
         """[Q] what each query counts in a lane: the Bayesian bootstrap (Rubin 1981); None: all alike."""
@@ -333,8 +169,7 @@ class Train:
     def _spread(self, value: jax.Array, axis: int) -> jax.Array:
         if self.mesh is None:
             return value
-        spec = PartitionSpec(*[None] * axis, self.mesh.axis_names[0])
-        return jax.lax.with_sharding_constraint(value, NamedSharding(self.mesh, spec))
+        return jax.lax.with_sharding_constraint(value, _by_queries(self.mesh, axis))
 
     def _optimizer(self, hparams: Hyperparameters) -> optax.GradientTransformation:
         total = self._steps * self.config.epochs
@@ -412,14 +247,11 @@ def make_train(
             padded = np.pad(np.asarray(value), width)
             if mesh is None:
                 return jnp.asarray(padded)
-            spec = PartitionSpec(*[None] * axis, mesh.axis_names[0])
-            return jax.make_array_from_callback(
-                padded.shape, NamedSharding(mesh, spec), lambda at: padded[at]
-            )
+            return jax.make_array_from_callback(padded.shape, _by_queries(mesh, axis), lambda at: padded[at])
 
         return jax.tree.map(put, part)
 
-    return Train(_by_view(place, data), config, metric, queries, mesh)
+    return Train(by_view(place, data), config, metric, queries, mesh)
 
 
 @partial(jax.jit, compiler_options=WIDE)
@@ -437,6 +269,11 @@ def run_epoch(
     return _everywhere(train, step(state, number, lanes.hparams, lanes.mask))
 
 
+def _by_queries(mesh: Mesh, axis: int) -> NamedSharding:
+    """Parts of equal size along `axis`, where the queries are."""
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, mesh.axis_names[0]))
+
+
 def _everywhere(train: Train, tree: Any) -> Any:
     """Parameters and metrics are the same on every device, so that each process can read them."""
     if train.mesh is None:
@@ -444,15 +281,9 @@ def _everywhere(train: Train, tree: Any) -> Any:
     return jax.lax.with_sharding_constraint(tree, NamedSharding(train.mesh, PartitionSpec()))
 
 
-def stopped(state: State, number: int, config: TrainConfig) -> np.ndarray:
-    """[V] bool: lanes that are frozen after `number` epochs."""
-    return number - np.asarray(state.best_epoch) >= config.patience
-
-
-def _by_view(function: Callable[[int, Any], Any], examples: Examples) -> Examples:
-    """Applies `function(axis of the queries, part)`: behind the views, or in front of all."""
-    return Examples(*(function(0 if views is None else 1, part)
-                      for views, part in zip(BY_VIEW, examples, strict=True)))  # fmt: skip
+def stopped(state: State, number: jax.Array | int, config: TrainConfig) -> jax.Array:
+    """[...] bool: lanes that are frozen after `number` epochs."""
+    return number - state.best_epoch >= config.patience
 
 
 def _gates(hparams: Hyperparameters, mask: jax.Array) -> Gates:

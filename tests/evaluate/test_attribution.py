@@ -11,7 +11,7 @@ from cotrr.evaluate import attribution
 from cotrr.evaluate.attribution import explain, owen_game, shapley_weight
 from cotrr.ranker import artifact, features, fitting, training
 from cotrr.ranker.features import EMBEDDINGS
-from cotrr.ranker.training import TrainConfig
+from cotrr.ranker.lanes import TrainConfig, make_lanes
 from tests.ranker.synthetic import development, randomised
 
 PAIRS = np.arange(6), np.zeros(6, int), np.arange(6) % 5 + 1  # query, first, second
@@ -34,7 +34,7 @@ def make_model(hidden=0, groups="clip,so,conflict", members=2, missing=False, wi
         image_components=2, text_components=2, bagging=1.0,
     )  # fmt: skip
     setup = fitting.set_up(data, config, lambda scores, y, *, where: scores.sum())
-    state = jax.eval_shape(training.init_lanes, setup.train, training.make_lanes([config]))
+    state = jax.eval_shape(training.init_lanes, setup.train, make_lanes([config]))
     state = state._replace(best_params=randomised(state.params))
     return fitting.finish(setup, state, config, "model", {}), data.lists
 

@@ -10,7 +10,7 @@ import numpy as np
 from cotrr import devices
 from cotrr.evaluate.metrics import ndcg
 from cotrr.ranker import fitting, training
-from cotrr.ranker.training import TrainConfig
+from cotrr.ranker.lanes import TrainConfig, make_lanes
 from tests.ranker.synthetic import development
 
 CONFIG = TrainConfig(folds=2, members=2, epochs=4, image_components=6, text_components=2, batch_queries=9,
@@ -20,7 +20,7 @@ CONFIG = TrainConfig(folds=2, members=2, epochs=4, image_components=6, text_comp
 def main() -> None:
     """Trains and writes."""
     setup = fitting.set_up(development(), CONFIG, partial(ndcg, k=5), devices.mesh())
-    lanes = training.make_lanes([CONFIG])
+    lanes = make_lanes([CONFIG])
     state = training.init_lanes(setup.train, lanes)
     for number in range(CONFIG.epochs):
         state, metrics = training.run_epoch(setup.train, state, jnp.asarray(number), lanes)

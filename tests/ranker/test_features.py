@@ -8,7 +8,7 @@ import pytest
 
 from cotrr.evaluate.metrics import ndcg
 from cotrr.ranker import features, fitting
-from cotrr.ranker.training import TrainConfig
+from cotrr.ranker.lanes import TrainConfig
 from tests.ranker.synthetic import NAMES, assert_same_bits, development, padded, without
 
 SETTINGS = features.Settings(4, 3)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from cotrr.ranker import search
-from cotrr.ranker.training import TrainConfig
+from cotrr.ranker.lanes import TrainConfig
 
 
 @pytest.mark.parametrize(("hidden", "dimensions"), [(0, 10), (8, 11)])
