@@ -49,8 +49,13 @@ def dataclass_from_flags(cls: type[T], **given: Any) -> T:
     return cls(**{n: getattr(flags.FLAGS, n) for n in names if n not in given}, **given)
 
 
-def launch(main: Callable[[], None], define_flags: Callable[[], None]) -> None:
-    """Runs a launcher: defines and parses its flags; bad flags or input end it with status 2."""
+def launch(
+    main: Callable[..., None], define_flags: Callable[[], None], commands: Collection[str] = ()
+) -> None:
+    """Runs a launcher: defines and parses its flags; bad flags or input end it with status 2.
+
+    Where it has `commands`, the first argument is one of them, and `main` gets it.
+    """
 
     def stop(reason: object) -> NoReturn:
         print(f"error: {reason}", file=sys.stderr)
@@ -67,10 +72,13 @@ def launch(main: Callable[[], None], define_flags: Callable[[], None]) -> None:
             stop("an argument is not UTF-8")
 
     def guarded(argv: list[str]) -> None:
-        if argv[1:]:
-            stop(f"unexpected argument {argv[1]!r}; flags look like --name=value")
+        command, rest = (argv[1:2], argv[2:]) if commands else ([], argv[1:])
+        if rest:
+            stop(f"unexpected argument {rest[0]!r}; flags look like --name=value")
+        if commands and not set(command) & set(commands):
+            stop(f"expected one of {', '.join(commands)} first. See --help")
         try:
-            main()
+            main(*command)
         except InputError as error:
             stop(error)
         except OSError as error:

@@ -4,8 +4,11 @@
 the L members and the statistics; `trained_on.npz` the hashes of what the model has seen.
 """
 
+import hashlib
+import io
 import pathlib
 import zipfile
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -25,6 +28,8 @@ from cotrr.ranker.lanes import names
 from cotrr.ranker.model import Params, Reranker, Scores
 
 FORMAT = 3
+TABLES = ("weights.npz", "trained_on.npz")
+FILES = ("model.json", *TABLES)
 SCORING_BATCH = 32  # queries scored at once: bounds memory
 
 
@@ -157,7 +162,7 @@ def save(model: Model, folder: str | pathlib.Path) -> None:
     for path, value in jax.tree_util.tree_leaves_with_path(model.params):
         arrays["/".join(str(key.key) for key in path)] = value
     arrays["final"] = model.final
-    tables = {"weights.npz": arrays, "trained_on.npz": model.seen}
+    tables = dict(zip(TABLES, (arrays, model.seen), strict=True))
     for name, table in tables.items():
         with files.replacing(folder / name) as temporary, open(temporary, "wb") as out:
             np.savez(out, allow_pickle=False, **{key: np.asarray(value) for key, value in table.items()})
@@ -181,25 +186,36 @@ def _version(facts: dict[str, Any]) -> str:
 
 def load(folder: str | pathlib.Path) -> Model:
     """The model in a folder; raises InputError where it is none, or its files were changed."""
-    folder = pathlib.Path(folder)
-    path = folder / "model.json"
+    return parse(read_files(folder), folder)
+
+
+def read_files(folder: str | pathlib.Path) -> dict[str, bytes]:
+    """The files of a model folder, by name; raises InputError where one is missing."""
     try:
-        facts = msgspec.json.decode(path.read_bytes())  # refuses NaN
-        if facts["version"] != _version(facts):
-            raise InputError("changed since it was saved", file=path)
-        if facts["format"] != FORMAT or facts["attributes"] != list(ATTRIBUTES):
-            raise InputError("saved by another version of cotrr", file=path)
-        for name in ("weights.npz", "trained_on.npz"):
-            if files.sha256(folder / name) != facts["files"][name]:
-                raise InputError("not the file that was saved with the model", file=folder / name)
-        weights, seen = (dict(np.load(folder / name)) for name in ("weights.npz", "trained_on.npz"))
-        return _assemble(facts, weights, seen)
+        return {name: (pathlib.Path(folder) / name).read_bytes() for name in FILES}
     except (FileNotFoundError, NotADirectoryError) as error:
         raise InputError(
             "no finished model here",
             file=error.filename,
             remedy="Train one: python -m experiments.train --help",
         ) from None
+
+
+def parse(content: Mapping[str, bytes], folder: str | pathlib.Path) -> Model:
+    """The model that FILES hold; raises InputError, naming `folder`, where they do not."""
+    folder = pathlib.Path(folder)
+    path = folder / "model.json"
+    try:
+        facts = msgspec.json.decode(content["model.json"])  # refuses NaN
+        if facts["version"] != _version(facts):
+            raise InputError("changed since it was saved", file=path)
+        if facts["format"] != FORMAT or facts["attributes"] != list(ATTRIBUTES):
+            raise InputError("saved by another version of cotrr", file=path)
+        for name in TABLES:
+            if hashlib.sha256(content[name]).hexdigest() != facts["files"][name]:
+                raise InputError("not the file that was saved with the model", file=folder / name)
+        weights, seen = (dict(np.load(io.BytesIO(content[name]))) for name in TABLES)
+        return _assemble(facts, weights, seen)
     except InputError:
         raise
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError, zipfile.BadZipFile) as error:

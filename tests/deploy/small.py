@@ -1,0 +1,39 @@
+"""Small models and registries that the tests of this folder share."""
+
+import functools
+import pathlib
+import tempfile
+
+from cotrr.deploy.registry import Registry
+from cotrr.deploy.store import LocalStore
+from cotrr.ranker import artifact
+from tests.ranker.test_artifact import make_model
+
+
+@functools.cache
+def model_files(number: int = 1) -> dict[str, bytes]:
+    """The files of a model folder; each number gives another model."""
+    with tempfile.TemporaryDirectory() as folder:
+        artifact.save(_model()._replace(provenance={"best_epoch": number}), folder)
+        return artifact.read_files(folder)
+
+
+@functools.cache
+def _model() -> artifact.Model:
+    return make_model()
+
+
+def ticking():
+    """A clock that gives one second after the other, from noon of 2026-01-01 UTC."""
+    seconds = iter(range(10**6))
+    return lambda: (
+        f"2026-01-01T{12 + (s := next(seconds)) // 3600:02d}:{s // 60 % 60:02d}:{s % 60:02d}.000000+00:00"
+    )
+
+
+def make_registry(folder: pathlib.Path, versions: int = 0) -> Registry:
+    """A registry in a folder, with so many versions."""
+    registry = Registry(LocalStore(folder), clock=ticking())
+    for number in range(1, versions + 1):
+        registry.register(model_files(number), {"number": number}, "tester")
+    return registry
