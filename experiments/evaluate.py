@@ -19,7 +19,7 @@ from absl import flags
 from cotrr import files
 from cotrr.config import launch
 from cotrr.data import certificate, dataset, labels
-from cotrr.data.lists import Lists
+from cotrr.data.lists import Lists, clusters
 from cotrr.errors import InputError
 from cotrr.evaluate import acceptance, evaluation, failures, figures, plots, probabilities, report, systems
 from cotrr.evaluate.figures import Engine
@@ -76,7 +76,8 @@ def main() -> None:
     for notice in notices:
         warn(notice)
     resamples = 1000 if FLAGS.quick else FLAGS.resamples
-    engine = figures.engine(len(lists.query_id), FLAGS.seed, resamples, _clusters(table, lists))
+    unit = clusters(table, lists, FLAGS.cluster_by or "query_id")
+    engine = figures.engine(len(lists.query_id), FLAGS.seed, resamples, unit)
     say(f"scoring {lists.labelled.sum():,} candidates of {len(lists.query_id):,} queries")
     start = time.perf_counter()
     contenders = _contenders(models, lists)
@@ -113,35 +114,10 @@ def _contenders(models: dict[str, artifact.Model], lists: Lists) -> list[Contend
     return found
 
 
-def _clusters(table: pa.Table, lists: Lists) -> np.ndarray | None:
-    """[Q] the cluster of each query, or None where queries are resampled alone."""
-    if not FLAGS.cluster_by:
-        return None
-    if FLAGS.cluster_by not in table.column_names:
-        raise InputError(
-            f"--cluster_by={FLAGS.cluster_by}: no such column",
-            file=FLAGS.data,
-            remedy=f"Name one of {', '.join(table.column_names)}",
-        )
-    named = table[FLAGS.cluster_by].to_numpy(zero_copy_only=False)
-    clusters = []
-    for query, rows, where in zip(lists.query_id, lists.row, lists.where, strict=True):
-        found = {named[row] for row in rows[where]} - {None}
-        if len(found) != 1:
-            raise InputError(
-                f"query {query!r} has {len(found)} values",
-                file=FLAGS.data,
-                field=FLAGS.cluster_by,
-                remedy="A cluster holds whole queries: each query needs one value",
-            )
-        clusters.append(str(found.pop()))
-    return np.array(clusters)
-
-
 def _check_overlap(folder: str, model: artifact.Model, table: pa.Table) -> list[str]:
     if not FLAGS.allow_overlap:
         loop.refuse_overlap(model, folder, table, FLAGS.data)
-    what = loop.learned_from(model, table)
+    what = artifact.learned_from(model, table)
     return [f"{folder} HAS LEARNED FROM {what} of this split: its figures are optimistic."] if what else []
 
 

@@ -140,19 +140,12 @@ def _prepare(workdir: pathlib.Path, settings: dict) -> None:
 
 def refuse_overlap(model: artifact.Model, name: str, table: pa.Table, folder: str) -> None:
     """Raises InputError where a model has learned from queries or pictures of a table."""
-    if what := learned_from(model, table):
+    if what := artifact.learned_from(model, table):
         raise InputError(
             f"{name} has learned from {what} of this split",
             file=folder,
             remedy="Evaluate on data it has not seen, or set --allow_overlap to see optimistic figures",
         )
-
-
-def learned_from(model: artifact.Model, table: pa.Table) -> str:
-    """What of a table a model has learned from, in words; empty: nothing."""
-    shared = {key: artifact.overlap(model, key, table[key].to_numpy(zero_copy_only=False))
-              for key in ("query_id", "canonical_id")}  # fmt: skip
-    return " and ".join(f"{count} {key}" for key, count in shared.items()) if any(shared.values()) else ""
 
 
 def provenance(state: State, passport: dict) -> dict[str, Any]:

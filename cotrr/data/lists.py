@@ -9,6 +9,8 @@ import pyarrow as pa
 from cotrr.data.contract import ATTRIBUTES, constraint_tokens
 from cotrr.data.labels import GOLD, SILVER, numbers
 from cotrr.data.rows import embedding_matrix
+from cotrr.data.splits import components
+from cotrr.errors import InputError
 
 
 class Lists(NamedTuple):
@@ -74,6 +76,36 @@ def to_lists(table: pa.Table, label: str | None = None) -> Lists:
         row=row,
         where=where,
     )
+
+
+def clusters(table: pa.Table, lists: Lists, column: str) -> np.ndarray | None:
+    """[Q] the cluster of each query by a column; None by `query_id`: each query is its own.
+
+    By `canonical_id`, queries that share a picture, directly or through others, are one cluster.
+    Raises InputError where the column is missing, or a query has not one value of it.
+    """
+    if column == "query_id":
+        return None
+    if column not in table.column_names:
+        raise InputError(
+            "no such column", field=column, remedy=f"Name one of {', '.join(table.column_names)}"
+        )
+    named = table[column].to_numpy(zero_copy_only=False)
+    if column == "canonical_id":
+        query, place = np.nonzero(lists.where)
+        picture = np.unique(named[lists.row[query, place]], return_inverse=True)[1]
+        return components(query, picture)[np.unique(query, return_index=True)[1]].astype(str)
+    found = []
+    for query, rows, where in zip(lists.query_id, lists.row, lists.where, strict=True):
+        values = {named[row] for row in rows[where]} - {None}
+        if len(values) != 1:
+            raise InputError(
+                f"query {query!r} has {len(values)} values",
+                field=column,
+                remedy="A cluster holds whole queries: each query needs one value",
+            )
+        found.append(str(values.pop()))
+    return np.array(found)
 
 
 def _pad_rows(query: np.ndarray, queries: int) -> np.ndarray:

@@ -62,7 +62,7 @@ def split_rows(
     """
     queries, query = np.unique(query_ids, return_inverse=True)
     pictures, picture = np.unique(canonical_ids, return_inverse=True)
-    component = _components(query, picture, len(queries), len(pictures))
+    component = components(query, picture)
     largest = float(np.bincount(component).max() / len(query))
     if method == "auto":
         method = "components" if largest <= LARGEST_COMPONENT else "strict"
@@ -88,8 +88,9 @@ def split_rows(
     }
 
 
-def _components(query: np.ndarray, picture: np.ndarray, queries: int, pictures: int) -> np.ndarray:
-    """[N] connected component of each row in the bipartite graph of queries and pictures."""
-    nodes = queries + pictures
+def components(query: np.ndarray, picture: np.ndarray) -> np.ndarray:
+    """[N] connected component of each row in the bipartite graph of queries and pictures, numbered from 0."""
+    queries = int(query.max(initial=-1)) + 1
+    nodes = queries + int(picture.max(initial=-1)) + 1
     edges = coo_array((np.ones(len(query), np.int8), (query, queries + picture)), (nodes, nodes))
     return connected_components(edges.tocsr(), directed=False)[1][query]

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import msgspec
 import numpy as np
+import pyarrow as pa
 
 from cotrr import files
 from cotrr.data.contract import ATTRIBUTES
@@ -67,6 +68,13 @@ def hashes(kind: str, ids: np.ndarray) -> np.ndarray:
 def overlap(model: Model, kind: str, ids: np.ndarray) -> int:
     """How many of the distinct ids the model has learned from."""
     return int(np.isin(hashes(kind, ids), model.seen[kind]).sum())
+
+
+def learned_from(model: Model, table: pa.Table) -> str:
+    """What of a table a model has learned from, in words; empty: nothing."""
+    shared = {key: overlap(model, key, table[key].to_numpy(zero_copy_only=False))
+              for key in ("query_id", "canonical_id")}  # fmt: skip
+    return " and ".join(f"{count} {key}" for key, count in shared.items()) if any(shared.values()) else ""
 
 
 def mask_of(config: dict[str, Any]) -> np.ndarray:
