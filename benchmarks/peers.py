@@ -14,7 +14,7 @@ import numpy as np
 from cotrr.data.lists import Lists
 from cotrr.data.splits import unit_hash
 from cotrr.evaluate.ranking import per_query
-from cotrr.ranker import features
+from cotrr.ranker import encoding, features
 
 COMPONENTS = 16
 TREES = (25, 50, 100, 200, 400)
@@ -102,8 +102,8 @@ def _inner(lists: Lists, canonical_id: np.ndarray, where: np.ndarray) -> tuple[n
 def _scores(
     peer: Peer, lists: Lists, where: np.ndarray, settings: dict[str, Any]
 ) -> Callable[[int], np.ndarray]:
-    words = features.vocabulary(lists)
-    wants = np.asarray(features.encode(lists, words).wants)
+    words = encoding.vocabulary(lists)
+    wants = np.asarray(encoding.encode(lists, words).wants)
     mean, axes = features.principal_axes(np.unique(lists.image[where], axis=0), COMPONENTS)
     image = (np.nan_to_num(lists.image) - mean) @ axes
     wanted = np.broadcast_to(wants[:, None], (*where.shape, wants.shape[1]))
@@ -111,7 +111,7 @@ def _scores(
     if peer.matches:
         kept = lists._replace(where=where).take(np.flatnonzero(where.any(axis=1)))
         fitted = features.fit(kept, words, features.Settings(COMPONENTS, 0))
-        seen = jax.vmap(features.featurize, in_axes=(None, 0))(fitted, features.encode(lists, words))
+        seen = jax.vmap(features.featurize, in_axes=(None, 0))(fitted, encoding.encode(lists, words))
         parts.append(np.asarray(seen.match))
     x = np.concatenate(parts, axis=-1).astype(np.float32)
     kept = where & lists.labelled

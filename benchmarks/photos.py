@@ -26,7 +26,7 @@ from cotrr.evaluate import figures, probabilities, ranking
 from cotrr.evaluate.metrics import ndcg
 from cotrr.evaluate.ranking import System
 from cotrr.evaluate.report import figure_text
-from cotrr.ranker import artifact, features, fitting, training
+from cotrr.ranker import artifact, encoding, features, fitting, training
 from cotrr.ranker.lanes import TrainConfig, make_lanes
 from experiments.terminal import say
 
@@ -99,7 +99,7 @@ def report(lists: Lists, scored: dict[str, np.ndarray], rivals: dict[str, np.nda
     raw = np.nan_to_num(lists.attributes)
     systems = [
         System("CLIP-only", "", features.rule_score(raw, ("clip_score",))),
-        System("Step 4's rule", "", features.rule_score(raw, features.NAMES)),
+        System("Step 4's rule", "", features.rule_score(raw, encoding.NAMES)),
         *(System(name, "", scores) for name, scores in rivals.items()),
         System("reranker", "", scored["logit"]),
     ]

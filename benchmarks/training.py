@@ -41,7 +41,7 @@ from benchmarks import peers
 from cotrr import files
 from cotrr.config import launch
 from cotrr.evaluate.metrics import log2_discounts, ndcg
-from cotrr.ranker import features, training
+from cotrr.ranker import encoding, features, training
 from cotrr.ranker.features import Features
 from cotrr.ranker.lanes import Lanes, TrainConfig, make_lanes
 from cotrr.ranker.training import State, Train
@@ -50,7 +50,7 @@ from experiments.terminal import say
 
 FLAGS = flags.FLAGS
 METRIC = functools.partial(ndcg, k=10)
-WORDS, TEXT, IMAGE, MATCH, ATTRIBUTES = 20, 16, 64, 6, len(features.NAMES)
+WORDS, TEXT, IMAGE, MATCH, ATTRIBUTES = 20, 16, 64, 6, len(encoding.NAMES)
 QUERY, CANDIDATE = 1 + WORDS + TEXT, 2 * ATTRIBUTES + IMAGE + MATCH  # lengths of the network's two inputs
 # What lanes differ in besides their seed; the first of all is the recipe's.
 VARIED = [

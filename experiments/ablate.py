@@ -23,7 +23,7 @@ from cotrr.data.lists import Lists
 from cotrr.evaluate import figures, probabilities, ranking, systems
 from cotrr.evaluate.ranking import System
 from cotrr.evaluate.report import figure_text, metric_name, p_text
-from cotrr.ranker import artifact, features, fitting, search, training
+from cotrr.ranker import artifact, encoding, fitting, search, training
 from cotrr.ranker.lanes import TrainConfig, make_lanes, names
 from experiments import loop
 from experiments.loop import Loop
@@ -57,7 +57,7 @@ def variants(config: TrainConfig, lists: Lists) -> dict[str, TrainConfig]:
     column = dict(zip(ATTRIBUTES, np.moveaxis(lists.attributes[lists.where], -1, 0), strict=True))
     known = {name: group for name, group in ATTRIBUTES.items() if not np.isnan(column[name]).all()}
     if lists.image.shape[-1]:
-        known[features.EMBEDDINGS] = "clip"
+        known[encoding.EMBEDDINGS] = "clip"
     changes: dict[str, dict[str, Any]] = {FULL: {}}
     ladder = [group for group in GROUPS if group in groups]
     changes |= {f"trained on {' + '.join(ladder[:k])}": {"groups": ",".join(ladder[:k])}

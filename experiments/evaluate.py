@@ -24,7 +24,7 @@ from cotrr.errors import InputError
 from cotrr.evaluate import acceptance, evaluation, failures, figures, plots, probabilities, report, systems
 from cotrr.evaluate.figures import Engine
 from cotrr.evaluate.ranking import System
-from cotrr.ranker import artifact, features
+from cotrr.ranker import artifact, encoding
 from cotrr.summaries import SummaryWriter
 from experiments import loop
 from experiments.terminal import done, say, warn
@@ -171,7 +171,7 @@ def _baseline(rungs: list[System], contenders: list[Contender]) -> str:
 
 def _conflict(contenders: list[Contender], lists: Lists) -> dict[str, np.ndarray]:
     """Conflict probabilities [Q, n] by system: the models', and Step 4's where it has them."""
-    step4 = lists.attributes[..., features.NAMES.index("conflict_prob")]
+    step4 = lists.attributes[..., encoding.NAMES.index("conflict_prob")]
     known = {} if np.isnan(step4[lists.where]).all() else {"step 4": step4}
     first, *others = contenders
     return {"reranker": first.scored.p_conflict, **{c.system: c.scored.p_conflict for c in others}, **known}

@@ -1,20 +1,22 @@
 """Team-draft interleaving (Radlinski, Kurup & Joachims 2008): two rankings shown as one, clicks decide."""
 
 from collections.abc import Collection, Sequence
-from typing import NamedTuple
+from typing import Final, Literal, NamedTuple
 
 import numpy as np
 
 from cotrr.data.splits import unit_hash
 
-BASELINE, CANDIDATE = "baseline", "candidate"
+Team = Literal["baseline", "candidate"]
+BASELINE: Final = "baseline"
+CANDIDATE: Final = "candidate"
 
 
 class Interleaved(NamedTuple):
     """What is shown, best first, and which team put it there."""
 
     ranking: tuple[str, ...]
-    teams: tuple[str, ...]
+    teams: tuple[Team, ...]
 
 
 def coins(salt: str, request_id: str, count: int) -> np.ndarray:
@@ -30,15 +32,16 @@ def team_draft(
     In each round a coin says which team picks first; a team picks its best item that is not there yet.
     A team whose items are all there leaves the rest to the other one.
 
-    >>> team_draft(["a", "b", "c"], ["b", "d", "a"], "salt", "request 2")
-    Interleaved(ranking=('b', 'a', 'd', 'c'), teams=('candidate', 'baseline', 'candidate', 'baseline'))
+    >>> team_draft(["a", "b", "c"], ["b", "d", "a"], "salt", "request 3")
+    Interleaved(ranking=('b', 'a', 'c', 'd'), teams=('candidate', 'baseline', 'baseline', 'candidate'))
     """
-    rankings = {BASELINE: baseline, CANDIDATE: candidate}
+    rankings: dict[Team, Sequence[str]] = {BASELINE: baseline, CANDIDATE: candidate}
     items = len({*baseline, *candidate})
     wanted = items if length is None else min(length, items)
-    shown: dict[str, str] = {}  # item → team
+    shown: dict[str, Team] = {}  # item → team
     for candidate_first in coins(salt, request_id, wanted):
-        for team in (CANDIDATE, BASELINE) if candidate_first else (BASELINE, CANDIDATE):
+        order: tuple[Team, Team] = (CANDIDATE, BASELINE) if candidate_first else (BASELINE, CANDIDATE)
+        for team in order:
             pick = next((item for item in rankings[team] if item not in shown), None)
             if pick is not None and len(shown) < wanted:
                 shown[pick] = team

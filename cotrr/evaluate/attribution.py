@@ -18,9 +18,10 @@ import numpy as np
 
 from cotrr.data.contract import ATTRIBUTES
 from cotrr.data.lists import Lists
-from cotrr.ranker import features
+from cotrr.ranker import encoding, features
 from cotrr.ranker.artifact import Model, encode, mask_of
-from cotrr.ranker.features import Encoded, Statistics
+from cotrr.ranker.encoding import Encoded
+from cotrr.ranker.features import Statistics
 from cotrr.ranker.model import Params, Reranker
 
 
@@ -80,8 +81,8 @@ def explain(
     groups = {group: [p for p, name in enumerate(players) if owner[name] == group] for group in used}
     coalitions, weights = owen_game(list(groups.values()))
     pair = _pairs(encode(model, lists), query, np.stack([first, second], axis=1))
-    place = [features.MASKED.index(name) for name in players]
-    masks = np.zeros((len(coalitions), len(features.MASKED)), np.float32)
+    place = [encoding.MASKED.index(name) for name in players]
+    masks = np.zeros((len(coalitions), len(encoding.MASKED)), np.float32)
     masks[:, place] = coalitions
     text = jnp.float32(mask_of(model.config)[-1])
     worth = _worths(params, statistics, pair, jnp.asarray(masks), text, hidden=model.config["hidden"])
@@ -98,8 +99,8 @@ def _players(model: Model, lists: Lists) -> tuple[list[str], dict[str, str]]:
     """What can move a score, and its group: the attributes that were ever seen, and the embeddings."""
     seen = np.asarray(model.statistics.missing)[model.final].min(axis=0) < 1
     there = np.append(seen, bool(lists.image.shape[-1])) & mask_of(model.config)
-    owner = {**ATTRIBUTES, features.EMBEDDINGS: "clip"}
-    return [name for name, in_game in zip(features.MASKED, there, strict=True) if in_game], owner
+    owner = {**ATTRIBUTES, encoding.EMBEDDINGS: "clip"}
+    return [name for name, in_game in zip(encoding.MASKED, there, strict=True) if in_game], owner
 
 
 def _pairs(encoded: Encoded, query: np.ndarray, candidates: np.ndarray) -> Encoded:

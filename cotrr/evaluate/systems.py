@@ -7,7 +7,7 @@ import numpy as np
 
 from cotrr.data.lists import Lists
 from cotrr.evaluate.ranking import System
-from cotrr.ranker import features
+from cotrr.ranker import encoding, features
 from cotrr.ranker.artifact import Model, score
 
 BASELINES = {"clip": "CLIP-only", "so": "+SO", "rule": "+SO+Conflict", "dual": "Step 4 dual_score"}
@@ -24,14 +24,14 @@ def ladder(model: Model, lists: Lists) -> list[System]:
     A missing value is its domain's mean among what `model` learned from; a missing `dual_score`
     ranks last.
     """
-    encoded = features.encode(lists, model.vocabulary)
+    encoded = encoding.encode(lists, model.vocabulary)
     everyone = jax.tree.map(lambda part: part[model.final.argmax()], model.statistics)
     filled = np.asarray(jax.vmap(features.fill, in_axes=(None, 0))(everyone, encoded))
-    column = {name: i for i, name in enumerate(features.NAMES)}
+    column = {name: i for i, name in enumerate(encoding.NAMES)}
     systems = []
     for name, terms in STEPS.items():
         absent = [t for t in terms if np.isnan(lists.attributes[..., column[t]][lists.where]).all()]
-        weights = " + ".join(f"{features.RULE[t]:g}·{t}" for t in terms).replace("+ -", "- ")
+        weights = " + ".join(f"{encoding.RULE[t]:g}·{t}" for t in terms).replace("+ -", "- ")
         scores = np.asarray(features.rule_score(filled, terms))
         why = f"{', '.join(absent)} is missing everywhere" if absent else ""
         systems.append(System(name, weights, None if absent else scores, why))

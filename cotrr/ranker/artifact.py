@@ -1,20 +1,12 @@
-"""The finished model: all that scoring needs, as JSON and plain arrays in a folder.
+"""The finished model: all that scoring needs, saved as the plain files of `model_files`."""
 
-`model.json` holds settings, vocabulary, calibration and provenance; `weights.npz` the parameters of
-the L members and the statistics; `trained_on.npz` the hashes of what the model has seen.
-"""
-
-import hashlib
-import io
 import pathlib
-import zipfile
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import msgspec
 import numpy as np
 import pyarrow as pa
 
@@ -23,14 +15,14 @@ from cotrr.data.contract import ATTRIBUTES
 from cotrr.data.lists import Lists
 from cotrr.data.splits import unit_hash
 from cotrr.errors import InputError
-from cotrr.ranker import calibration, features
-from cotrr.ranker.calibration import Calibration
+from cotrr.ranker import calibrators, features, model_files
+from cotrr.ranker.calibrators import Calibration, Scored, conclude
+from cotrr.ranker.encoding import Encoded, Vocabulary, make_mask
+from cotrr.ranker.encoding import encode as encode_words
 from cotrr.ranker.lanes import names
 from cotrr.ranker.model import Params, Reranker, Scores
+from cotrr.ranker.model_files import FORMAT, TABLES, read_files, version_of
 
-FORMAT = 3
-TABLES = ("weights.npz", "trained_on.npz")
-FILES = ("model.json", *TABLES)
 SCORING_BATCH = 32  # queries scored at once: bounds memory
 
 
@@ -39,7 +31,7 @@ class Model(NamedTuple):
 
     name: str
     config: dict[str, Any]
-    vocabulary: features.Vocabulary
+    vocabulary: Vocabulary
     statistics: features.Statistics  # leaves [L, ...]
     params: Params  # each leaf [L, ...]
     final: np.ndarray  # [L] bool: the members whose mean is the score; all L give its spread
@@ -47,17 +39,6 @@ class Model(NamedTuple):
     provenance: dict[str, Any]  # data certificate, epochs, validation figures
     seen: dict[str, np.ndarray]  # hashes of the `query_id` and `canonical_id` learned from
     version: str = ""  # the name and the hash of the weights; a model gets it by being saved
-
-
-class Scored(NamedTuple):
-    """Calibrated scores of [Q, n] candidates; padding is 0."""
-
-    score: np.ndarray  # expected label in [0, 1]
-    std: np.ndarray  # spread of the lanes' expected labels; NaN with a single lane
-    low: np.ndarray  # 95 % interval of the label
-    high: np.ndarray
-    p_conflict: np.ndarray
-    logit: np.ndarray  # the mean rank logit that orders candidates
 
 
 def hashes(kind: str, ids: np.ndarray) -> np.ndarray:
@@ -78,15 +59,15 @@ def learned_from(model: Model, table: pa.Table) -> str:
 
 
 def mask_of(config: dict[str, Any]) -> np.ndarray:
-    """[A + 1] bool: what a model with these settings looks at, in the order of features.MASKED."""
-    return features.make_mask(names(config["groups"]), names(config["without"]))
+    """[A + 1] bool: what a model with these settings looks at, in the order of encoding.MASKED."""
+    return make_mask(names(config["groups"]), names(config["without"]))
 
 
 @partial(jax.jit, static_argnames="hidden")
 def lane_scores(
     params: Params,
     statistics: features.Statistics,
-    encoded: features.Encoded,
+    encoded: Encoded,
     mask: jax.Array,
     *,
     hidden: int,
@@ -94,7 +75,7 @@ def lane_scores(
     """Logits [L, Q, n] of each of L lanes for Q lists; memory is bounded by SCORING_BATCH."""
     network, gates = Reranker(hidden=hidden), features.make_gates(mask)
 
-    def one_query(query: features.Encoded) -> Any:
+    def one_query(query: Encoded) -> Any:
         one_lane = lambda params, fitted: network.apply(params, features.featurize(fitted, query), gates)
         return jax.vmap(one_lane)(params, statistics)
 
@@ -117,29 +98,16 @@ def score(model: Model, lists: Lists) -> Scored:
     )
     rank, conflict = (np.asarray(part, np.float64) for part in scores)
     _check_finite(lists, rank, conflict)
-    fitted = model.calibration
-    logit = rank[model.final].mean(axis=0)
-    label = fitted.rank(logit)
-    low, high = fitted.intervals(label)
-    std = fitted.rank(rank).std(axis=0) if len(rank) > 1 else np.full(logit.shape, np.nan)
-    inside = lambda values: np.where(lists.where, np.clip(values, 0.0, 1.0), 0.0)
-    return Scored(
-        score=inside(label),
-        std=inside(std),
-        low=inside(np.minimum(low, label)),
-        high=inside(np.maximum(high, label)),
-        p_conflict=inside(fitted.conflict(conflict[model.final].mean(axis=0))),
-        logit=np.where(lists.where, logit, -np.inf),
-    )
+    return conclude(model.calibration, rank, conflict, model.final, lists.where)
 
 
-def encode(model: Model, lists: Lists) -> features.Encoded:
+def encode(model: Model, lists: Lists) -> Encoded:
     """The lists as the model's numbers, their embeddings of the lengths that it was trained on."""
     lists = lists._replace(
         image=_fitted(lists.image, model.statistics.image_mean.shape[-1], "image_embedding"),
         text=_fitted(lists.text, model.statistics.text_mean.shape[-1], "text_embedding"),
     )
-    return features.encode(lists, model.vocabulary)
+    return encode_words(lists, model.vocabulary)
 
 
 def _fitted(embeddings: np.ndarray, length: int, field: str) -> np.ndarray:
@@ -180,16 +148,11 @@ def save(model: Model, folder: str | pathlib.Path) -> None:
         "config": model.config,
         "attributes": list(ATTRIBUTES),
         "vocabulary": model.vocabulary._asdict(),
-        "calibration": calibration.pack(model.calibration),
+        "calibration": calibrators.pack(model.calibration),
         "provenance": model.provenance,
         "files": {name: files.sha256(folder / name) for name in tables},
     }
-    files.write_json(folder / "model.json", facts | {"version": _version(facts)})
-
-
-def _version(facts: dict[str, Any]) -> str:
-    """The model's name and the hash of all else that `model.json` says, its files included."""
-    return f"{facts['name']}-{files.digest({k: v for k, v in facts.items() if k != 'version'})[:12]}"
+    files.write_json(folder / "model.json", facts | {"version": version_of(facts)})
 
 
 def load(folder: str | pathlib.Path) -> Model:
@@ -197,60 +160,35 @@ def load(folder: str | pathlib.Path) -> Model:
     return parse(read_files(folder), folder)
 
 
-def read_files(folder: str | pathlib.Path) -> dict[str, bytes]:
-    """The files of a model folder, by name; raises InputError where one is missing."""
-    try:
-        return {name: (pathlib.Path(folder) / name).read_bytes() for name in FILES}
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise InputError(
-            "no finished model here",
-            file=error.filename,
-            remedy="Train one: python -m experiments.train --help",
-        ) from None
-
-
 def parse(content: Mapping[str, bytes], folder: str | pathlib.Path) -> Model:
     """The model that FILES hold; raises InputError, naming `folder`, where they do not."""
-    folder = pathlib.Path(folder)
-    path = folder / "model.json"
+    found = model_files.parse(content, folder)
     try:
-        facts = msgspec.json.decode(content["model.json"])  # refuses NaN
-        if facts["version"] != _version(facts):
-            raise InputError("changed since it was saved", file=path)
-        if facts["format"] != FORMAT or facts["attributes"] != list(ATTRIBUTES):
-            raise InputError("saved by another version of cotrr", file=path)
-        for name in TABLES:
-            if hashlib.sha256(content[name]).hexdigest() != facts["files"][name]:
-                raise InputError("not the file that was saved with the model", file=folder / name)
-        weights, seen = (dict(np.load(io.BytesIO(content[name]))) for name in TABLES)
-        return _assemble(facts, weights, seen)
-    except InputError:
-        raise
-    except (AttributeError, KeyError, TypeError, ValueError, RecursionError, zipfile.BadZipFile) as error:
+        return _assemble(found)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        path = pathlib.Path(folder) / "model.json"
         raise InputError(f"no model of cotrr ({error!r})", file=path) from None
 
 
-def _assemble(facts: dict[str, Any], weights: dict, seen: dict) -> Model:
+def _assemble(found: model_files.Contents) -> Model:
     params: dict[str, Any] = {}
-    for path in weights:
+    for path, weights in found.weights.items():
         *parents, leaf = path.split("/")
         if parents[:1] == ["params"]:
             place = params
             for parent in parents:
                 place = place.setdefault(parent, {})
-            place[leaf] = weights[path]
+            place[leaf] = jnp.asarray(weights)  # on the device once, not at every call
+    statistics = (jnp.asarray(found.weights[f"statistics/{k}"]) for k in features.Statistics._fields)
     return Model(
-        name=facts["name"],
-        config=facts["config"],
-        vocabulary=features.Vocabulary(*(tuple(facts["vocabulary"][k]) for k in ("domains", "constraints"))),
-        # On the device once, not at every call.
-        statistics=features.Statistics(
-            *(jnp.asarray(weights[f"statistics/{k}"]) for k in features.Statistics._fields)
-        ),
-        params=jax.tree.map(jnp.asarray, params),
-        final=weights["final"],
-        calibration=calibration.unpack(facts["calibration"]),
-        provenance=facts["provenance"],
-        seen=seen,
-        version=facts["version"],
+        name=found.facts["name"],
+        config=found.facts["config"],
+        vocabulary=found.vocabulary,
+        statistics=features.Statistics(*statistics),
+        params=params,
+        final=found.weights["final"],
+        calibration=found.calibration,
+        provenance=found.facts["provenance"],
+        seen=found.seen,
+        version=found.facts["version"],
     )

@@ -1,50 +1,30 @@
 """Features of one query's list, as pure functions of statistics that were fitted on training rows.
 
-`encode` turns words into numbers (NumPy, at the edge); `fit` estimates the statistics;
-`featurize` is for one list, and callers vmap it.
+`fit` estimates the statistics; `featurize` is for one list, and callers vmap it.
 """
 
 from collections.abc import Collection
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cotrr.data.contract import ATTRIBUTES, GROUPS
 from cotrr.data.lists import Lists
-from cotrr.errors import InputError
+from cotrr.ranker.encoding import (
+    CONFLICT_PROB,
+    NAMES,
+    RULE,
+    RULE_COLUMNS,
+    WINSOR,
+    Encoded,
+    Leaf,
+    Vocabulary,
+    encode,
+)
 
-Leaf = Any  # of a tree: an array of NumPy or JAX, or a tracer
-NAMES = tuple(ATTRIBUTES)
-# Step 4's own rule: its weights of the attributes, in their own units.
-RULE = {"clip_score": 0.2, "compliance_score": 0.7, "conflict_prob": -0.3}
-USUAL = 2.0  # constraints of a query: so many have weight 1 each
 RIDGE = 1.0  # queries' worth of doubt about what a word means
 SHARPNESS = 3.0  # spread of the images along a word's axis, in logits of the word's share
-WINSOR = 4.0  # standardised attributes are held within ± this many deviations
-EMBEDDINGS = "embeddings"  # what a mask calls the image and text embeddings, behind the attributes
-MASKED = (*NAMES, EMBEDDINGS)
-_CONFLICT_PROB = NAMES.index("conflict_prob")
-_RULE = tuple(NAMES.index(name) for name in RULE)
-
-
-class Vocabulary(NamedTuple):
-    """The words of the training split; a word that is not here has no number of its own."""
-
-    domains: tuple[str, ...]
-    constraints: tuple[str, ...]  # `key` and `key=value`
-
-
-class Encoded(NamedTuple):
-    """One list as numbers, before any statistics; missing is NaN."""
-
-    domain: Leaf  # [] int32 index into Vocabulary.domains; their number where unseen
-    wants: Leaf  # [V] float32 of Vocabulary.constraints: USUAL / their number where wanted, else 0
-    text: Leaf  # [d]
-    image: Leaf  # [n, d]
-    attributes: Leaf  # [n, A] in the order of NAMES
-    where: Leaf  # [n] bool
 
 
 class Statistics(NamedTuple):
@@ -86,39 +66,6 @@ class Gates(NamedTuple):
     image: Leaf  # []
     text: Leaf  # []
     match: Leaf  # []
-
-
-def vocabulary(lists: Lists) -> Vocabulary:
-    """The domains and constraint words of the lists."""
-    tokens = {token for tokens in lists.constraints for token in tokens}
-    keys = {token.split("=", 1)[0] for token in tokens}
-    return Vocabulary(tuple(sorted(set(lists.domain))), tuple(sorted(tokens | keys)))
-
-
-def encode(lists: Lists, words: Vocabulary) -> Encoded:
-    """The lists' words as numbers: a batch [Q, ...] of `Encoded`."""
-    domains = {name: i for i, name in enumerate(words.domains)}
-    tokens = {name: i for i, name in enumerate(words.constraints)}
-    wants = np.zeros((len(lists.query_id), len(tokens)), np.float32)
-    for row, wanted in enumerate(lists.constraints):
-        for token in {*wanted, *(token.split("=", 1)[0] for token in wanted)} & tokens.keys():
-            # A label is a mean over the constraints, so each of many counts less.
-            wants[row, tokens[token]] = USUAL / len(wanted)
-    domain = np.array([domains.get(name, len(domains)) for name in lists.domain], np.int32)
-    return Encoded(domain, wants, lists.text, lists.image, lists.attributes, lists.where)
-
-
-def make_mask(groups: Collection[str], without: Collection[str] = ()) -> np.ndarray:
-    """[A + 1] bool, in the order of MASKED: the chosen groups but for what is in `without`.
-
-    The embeddings belong to the clip group.  Raises InputError for an unknown name.
-    """
-    if unknown := set(groups) - set(GROUPS):
-        raise InputError(f"--groups: unknown {sorted(unknown)}, expected some of {','.join(GROUPS)}")
-    if unknown := set(without) - set(MASKED):
-        raise InputError(f"--without: unknown {sorted(unknown)}, expected some of {','.join(MASKED)}")
-    group_of = {**ATTRIBUTES, EMBEDDINGS: "clip"}
-    return np.array([group_of[name] in groups and name not in without for name in MASKED])
 
 
 def make_gates(mask: Leaf, image: Leaf = 1.0, text: Leaf = 1.0, match: Leaf = 1.0) -> Gates:
@@ -297,10 +244,10 @@ def featurize(statistics: Statistics, encoded: Encoded) -> Features:
     varies = (statistics.missing > 0) & seen
     indicator = jnp.where(varies, jnp.isnan(encoded.attributes) - statistics.missing[None], 0.0)
     weights = np.array(list(RULE.values()), np.float32)
-    rule = (raw - mean[None])[:, _RULE] * weights[None] / statistics.rule_scale
-    centre = (jnp.sum(mean[jnp.array(_RULE)] * weights) - statistics.rule_mean) / statistics.rule_scale
-    logit = lambda p: jax.scipy.special.logit(jnp.clip(p, 0.01, 0.99)) * seen[_CONFLICT_PROB]
-    usual = logit(mean[_CONFLICT_PROB])
+    rule = (raw - mean[None])[:, RULE_COLUMNS] * weights[None] / statistics.rule_scale
+    centre = (jnp.sum(mean[jnp.array(RULE_COLUMNS)] * weights) - statistics.rule_mean) / statistics.rule_scale
+    logit = lambda p: jax.scipy.special.logit(jnp.clip(p, 0.01, 0.99)) * seen[CONFLICT_PROB]
+    usual = logit(mean[CONFLICT_PROB])
     inside = lambda values: jnp.where(encoded.where[:, None], values, 0.0)
     centred = lambda x, centre: jnp.nan_to_num(x - jnp.broadcast_to(centre, x.shape))
     image = centred(encoded.image, statistics.image_mean)
@@ -312,7 +259,7 @@ def featurize(statistics: Statistics, encoded: Encoded) -> Features:
         match=inside(match / statistics.match_scale[None]),
         attributes=inside(jnp.concatenate([standard, indicator], axis=1)),
         rule=inside(rule),
-        conflict=jnp.where(encoded.where, logit(raw[:, _CONFLICT_PROB]) - usual, 0.0),
+        conflict=jnp.where(encoded.where, logit(raw[:, CONFLICT_PROB]) - usual, 0.0),
         centre=jnp.stack([centre, usual]),
         where=encoded.where,
     )
@@ -320,6 +267,6 @@ def featurize(statistics: Statistics, encoded: Encoded) -> Features:
 
 def base_logits(features: Features, gates: Gates) -> jax.Array:
     """[n, 2] Step 4's own view of a list: its rule, and the logit of its conflict probability."""
-    rule = features.rule @ gates.attributes[jnp.array(_RULE)]
-    conflict = features.conflict * gates.attributes[_CONFLICT_PROB]
+    rule = features.rule @ gates.attributes[jnp.array(RULE_COLUMNS)]
+    conflict = features.conflict * gates.attributes[CONFLICT_PROB]
     return jnp.stack([rule, conflict], axis=1) + features.centre[None]

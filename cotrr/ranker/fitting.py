@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from cotrr.data.lists import Lists
 from cotrr.errors import InputError
-from cotrr.ranker import artifact, calibration, features, training
+from cotrr.ranker import artifact, calibration, calibrators, encoding, features, training
 from cotrr.ranker.lanes import TrainConfig
 from cotrr.ranker.training import State, Train
 from cotrr.ranker.views import Views, make_examples, make_views
@@ -29,9 +29,9 @@ class Setup(NamedTuple):
 
     config: TrainConfig
     development: Development
-    vocabulary: features.Vocabulary
+    vocabulary: encoding.Vocabulary
     statistics: features.Statistics  # leaves [F, ...]: each view's, from the rows it learns from
-    encoded: features.Encoded  # leaves [Q, ...]
+    encoded: encoding.Encoded  # leaves [Q, ...]
     views: Views
     train: Train
 
@@ -49,11 +49,11 @@ def set_up(
     lists = development.lists
     views = make_views(lists, development.canonical_id, development.validation, config.folds)
     _check(views, config)
-    words = features.vocabulary(_rows(lists, views.train[-1]))
+    words = encoding.vocabulary(_rows(lists, views.train[-1]))
     settings = features.Settings(config.image_components, config.text_components)
     fitted = [features.fit(_rows(lists, rows), words, settings) for rows in views.train]
     statistics = features.Statistics(*map(lambda *parts: np.stack(parts), *fitted))
-    encoded = features.encode(lists, words)
+    encoded = encoding.encode(lists, words)
     scale = statistics.label_scale[:, encoded.domain]
     examples = make_examples(lists, featurize_views(statistics, encoded), scale, views)
     train = training.make_train(config, examples, metric, mesh)
@@ -139,7 +139,7 @@ def finish(
         statistics=jax.tree.map(lambda part: np.repeat(part, members, axis=0), statistics),
         params=jax.tree.map(lambda part: np.concatenate(np.asarray(part).swapaxes(0, 1)), state.best_params),
         final=np.arange(views * members) >= (views - 1) * members,
-        calibration=calibration.NONE,
+        calibration=calibrators.NONE,
         provenance=provenance | {"calibrated_on": "gold" if lists.gold[judged].all() else "silver"},
         seen={
             "query_id": artifact.hashes("query_id", lists.query_id[learned.any(axis=1)]),

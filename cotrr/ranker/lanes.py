@@ -9,7 +9,7 @@ import numpy as np
 
 from cotrr.config import check_settings, setting
 from cotrr.errors import InputError
-from cotrr.ranker.features import Leaf, make_mask
+from cotrr.ranker.encoding import Leaf, make_mask
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Lanes(NamedTuple):
 
     key: jax.Array  # [V] of initial parameters and dropout
     hparams: Hyperparameters  # leaves [V]
-    mask: Leaf  # [V, A + 1] bool, in the order of features.MASKED
+    mask: Leaf  # [V, A + 1] bool, in the order of encoding.MASKED
 
 
 def make_lanes(configs: Sequence[TrainConfig]) -> Lanes:

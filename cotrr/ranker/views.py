@@ -7,7 +7,8 @@ import numpy as np
 
 from cotrr.data.lists import Lists
 from cotrr.data.splits import unit_hash
-from cotrr.ranker.features import Features, Leaf
+from cotrr.ranker.encoding import Leaf
+from cotrr.ranker.features import Features
 
 
 class Views(NamedTuple):

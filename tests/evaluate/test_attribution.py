@@ -9,8 +9,8 @@ import pytest
 
 from cotrr.evaluate import attribution
 from cotrr.evaluate.attribution import explain, owen_game, shapley_weight
-from cotrr.ranker import artifact, features, fitting, training
-from cotrr.ranker.features import EMBEDDINGS
+from cotrr.ranker import artifact, encoding, fitting, training
+from cotrr.ranker.encoding import EMBEDDINGS
 from cotrr.ranker.lanes import TrainConfig, make_lanes
 from tests.ranker.synthetic import development, randomised
 
@@ -21,7 +21,7 @@ def make_model(hidden=0, groups="clip,so,conflict", members=2, missing=False, wi
     """A model with random parameters on synthetic lists of few attributes."""
     data = development(d=3)
     kept = [
-        features.NAMES.index(name)
+        encoding.NAMES.index(name)
         for name in ("clip_score", "subject_ratio", "compliance_score", "conflict_prob")
     ]
     attributes = np.full_like(data.lists.attributes, np.nan)
@@ -41,12 +41,12 @@ def make_model(hidden=0, groups="clip,so,conflict", members=2, missing=False, wi
 
 def margins(model, lists, query, first, second, absent):
     """[K] margins of the scorer itself where the `absent` players are at their domain's training mean."""
-    encoded = features.encode(lists, model.vocabulary)
+    encoded = encoding.encode(lists, model.vocabulary)
     member = int(model.final.argmax())
     mean = np.asarray(model.statistics.mean)[member][np.asarray(encoded.domain)]
     blurred = lists.attributes.copy()
-    for name in absent & set(features.NAMES):
-        a = features.NAMES.index(name)
+    for name in absent & set(encoding.NAMES):
+        a = encoding.NAMES.index(name)
         blurred[..., a] = mean[:, None, a]
     image = lists.image
     if EMBEDDINGS in absent:
@@ -96,7 +96,7 @@ def test_attributes_add_up_to_groups_and_groups_to_the_margin(game):
 
 def test_groups_have_the_shapley_values_of_the_game_between_groups(game):
     _, found, worth = game
-    owner = features.ATTRIBUTES | {EMBEDDINGS: "clip"}
+    owner = encoding.ATTRIBUTES | {EMBEDDINGS: "clip"}
     inside = lambda there: frozenset(p for p in found.attributes if owner[p] in there)
     expected = brute_force(lambda there: worth(inside(there)), list(found.groups))
     for group, values in expected.items():
@@ -105,7 +105,7 @@ def test_groups_have_the_shapley_values_of_the_game_between_groups(game):
 
 def test_attributes_have_the_values_of_all_orders_that_keep_groups_together(game):
     hidden, found, worth = game
-    owner = {p: (features.ATTRIBUTES | {EMBEDDINGS: "clip"})[p] for p in found.attributes}
+    owner = {p: (encoding.ATTRIBUTES | {EMBEDDINGS: "clip"})[p] for p in found.attributes}
     owen, plain = (brute_force(worth, list(owner), groups) for groups in (owner, None))
     for player in owner:
         np.testing.assert_allclose(found.attributes[player], owen[player], atol=1e-5)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cotrr.evaluate.metrics import ndcg
-from cotrr.ranker import features, fitting, training
+from cotrr.ranker import encoding, features, fitting, training
 from cotrr.ranker.lanes import TrainConfig, make_lanes
 from cotrr.ranker.views import make_examples
 from tests.ranker.synthetic import development, numbers
@@ -52,7 +52,7 @@ def inputs_of(setup):
 
 def base_of(setup):
     """[F, Q, n, 2] Step 4's rule and conflict logit, as each view sees them."""
-    gates = features.make_gates(features.make_mask(features.GROUPS))
+    gates = features.make_gates(encoding.make_mask(encoding.GROUPS))
     base = jax.vmap(jax.vmap(features.base_logits, in_axes=(0, None)), in_axes=(0, None))
     return np.asarray(base(inputs_of(setup), gates), np.float64)
 

@@ -12,14 +12,14 @@ import pytest
 from cotrr import files
 from cotrr.data.contract import ATTRIBUTES
 from cotrr.errors import InputError
-from cotrr.ranker import artifact, features, fitting
-from cotrr.ranker.calibration import Calibration, Choice, Intervals, Platt, pack
+from cotrr.ranker import artifact, encoding, features, fitting
+from cotrr.ranker.calibrators import Calibration, Choice, Intervals, Platt, pack
 from cotrr.ranker.model import Reranker
 from tests.ranker.synthetic import assert_same_bits, development, padded, randomised, without
 
 DATA = development()
 LISTS = DATA.lists
-MASK = features.make_mask(features.GROUPS)
+MASK = encoding.make_mask(encoding.GROUPS)
 CALIBRATION = Calibration(
     rank=Platt(0.5, -0.2),
     conflict=Platt(0.4, -1.0),
@@ -34,11 +34,11 @@ CALIBRATION = Calibration(
 
 def make_model(hidden=4, lists=LISTS):
     """Two fold lanes and two final members: random parameters, and each its own statistics."""
-    words = features.vocabulary(lists)
+    words = encoding.vocabulary(lists)
     quarters = [lists.take(np.flatnonzero(np.arange(24) % 4 != k)) for k in range(4)]
     fitted = [features.fit(part, words, features.Settings(4, 3)) for part in quarters]
     statistics = features.Statistics(*(np.stack(part) for part in zip(*fitted, strict=True)))
-    inputs = fitting.featurize_views(statistics, features.encode(lists, words))
+    inputs = fitting.featurize_views(statistics, encoding.encode(lists, words))
     keys = jax.random.split(jax.random.key(0), 4)
     one = jax.tree.map(lambda x: x[0, 0], inputs)
     init = jax.vmap(Reranker(hidden=hidden).init, in_axes=(0, None, None))
@@ -265,7 +265,7 @@ def test_scores_are_probabilities_inside_their_interval(model):
 
 
 def test_scores_by_hand(model):
-    encoded = features.encode(LISTS, model.vocabulary)
+    encoded = encoding.encode(LISTS, model.vocabulary)
     lanes = artifact.lane_scores(model.params, model.statistics, encoded, MASK, hidden=4)
     assert lanes.rank.shape == lanes.conflict.shape == (4, 24, 8)
     scored = artifact.score(model, LISTS)
@@ -343,7 +343,7 @@ def test_a_field_absent_in_training_and_present_later_changes_no_score(names):
     scored = artifact.score(model, lists)
     assert np.ptp(scored.score[LISTS.where]) > 0.01
     assert_same_bits(artifact.score(model, LISTS)._asdict(), scored._asdict())
-    inputs = fitting.featurize_views(model.statistics, features.encode(LISTS, model.vocabulary))
+    inputs = fitting.featurize_views(model.statistics, encoding.encode(LISTS, model.vocabulary))
     nothing = (np.asarray(inputs.conflict) == 0).all() and (np.asarray(inputs.centre)[..., 1] == 0).all()
     assert nothing == ("conflict_prob" in names)
     assert not np.array_equal(artifact.score(make_model(), LISTS).score, scored.score)
@@ -380,8 +380,8 @@ def test_what_the_config_masks_is_not_scored_with(model, changes):
     off = model._replace(config=model.config | changes)
     mask = artifact.mask_of(off.config)
     names = changes.get("without", "").replace(" ", "").split(",")
-    assert [name for name in features.MASKED if name in names] == [
-        name for name, on in zip(features.MASKED, mask, strict=True) if not on and name in names
+    assert [name for name in encoding.MASKED if name in names] == [
+        name for name, on in zip(encoding.MASKED, mask, strict=True) if not on and name in names
     ]
     other = without(LISTS, ~mask)
     assert_same_bits(artifact.score(off, LISTS)._asdict(), artifact.score(off, other)._asdict())
@@ -391,7 +391,7 @@ def test_what_the_config_masks_is_not_scored_with(model, changes):
 
 def test_masks_of_configs_by_hand():
     mask = artifact.mask_of({"groups": "clip, conflict", "without": "embeddings,soft_conflicts"})
-    seen = [name for name, on in zip(features.MASKED, mask, strict=True) if on]
+    seen = [name for name, on in zip(encoding.MASKED, mask, strict=True) if on]
     conflict = [name for name in ATTRIBUTES if ATTRIBUTES[name] == "conflict"]
     assert seen == ["clip_score", *conflict[:-1]] and conflict[-1] == "soft_conflicts"
 

@@ -13,11 +13,6 @@ from cotrr.ranker.calibration import (
     BINS,
     CALIBRATORS,
     ROWS,
-    Beta,
-    Choice,
-    Intervals,
-    Isotonic,
-    Platt,
     choose,
     cross_fitted,
     fit,
@@ -25,10 +20,9 @@ from cotrr.ranker.calibration import (
     fit_intervals,
     fit_isotonic,
     fit_platt,
-    pack,
     query_quantile,
-    unpack,
 )
+from cotrr.ranker.calibrators import Beta, Choice, Intervals, Isotonic, Platt, pack, unpack
 
 
 @pytest.mark.parametrize(("slope", "offset"), [(2.0, -0.7), (0.3, 1.5), (1.0, 0.0)])

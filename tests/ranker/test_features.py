@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from cotrr.evaluate.metrics import ndcg
-from cotrr.ranker import features, fitting
+from cotrr.ranker import encoding, features, fitting
 from cotrr.ranker.lanes import TrainConfig
 from tests.ranker.synthetic import NAMES, assert_same_bits, development, padded, without
 
@@ -20,7 +20,7 @@ BASE = jax.jit(jax.vmap(features.base_logits, in_axes=(0, None)))
 
 
 def featurize(lists, statistics, words):
-    return BATCHED(statistics, features.encode(lists, words))
+    return BATCHED(statistics, encoding.encode(lists, words))
 
 
 def base_of(inputs, mask=EVERY):
@@ -35,16 +35,16 @@ def lists():
 
 @pytest.fixture
 def words(lists):
-    return features.vocabulary(lists)
+    return encoding.vocabulary(lists)
 
 
 def test_words():
     lists = development(queries=3).lists._replace(
         constraints=(("color=pink", "glass=coupe"), ("color=red",), ())
     )
-    words = features.vocabulary(lists)
+    words = encoding.vocabulary(lists)
     assert words == (("d0", "d1"), ("color", "color=pink", "color=red", "glass", "glass=coupe"))
-    wants = features.encode(lists, words).wants
+    wants = encoding.encode(lists, words).wants
     np.testing.assert_array_equal(wants, [[1, 1, 0, 1, 1], [2, 0, 2, 0, 0], [0, 0, 0, 0, 0]])
 
 
@@ -53,7 +53,7 @@ def test_unknown_words_have_no_number_of_their_own(lists, words):
         constraints=(("color=blue", "size=xl"), *lists.constraints[1:]),
         domain=np.array(["new", *lists.domain[1:]], object),
     )
-    encoded = features.encode(other, words)
+    encoded = encoding.encode(other, words)
     assert encoded.domain[0] == len(words.domains) and encoded.domain[1] == 1
     assert [words.constraints[i] for i in np.flatnonzero(encoded.wants[0])] == ["color"]
     assert encoded.wants.shape == (9, len(words.constraints))
@@ -150,7 +150,7 @@ def test_a_constant_attribute_is_zero_whatever_comes_later(lists, words):
 def test_an_outlier_is_held_within_the_bounds(lists, words):
     statistics = features.fit(lists, words, SETTINGS)
     lists.attributes[0, 0, column("color_delta_e")] = 1e6
-    assert featurize(lists, statistics, words).attributes[0, 0, column("color_delta_e")] == features.WINSOR
+    assert featurize(lists, statistics, words).attributes[0, 0, column("color_delta_e")] == encoding.WINSOR
 
 
 def test_a_missing_value_is_the_mean_of_its_domain_and_flagged(lists, words):
@@ -172,7 +172,7 @@ def test_a_missing_value_is_the_mean_of_its_domain_and_flagged(lists, words):
     assert (
         (flag[..., never] == 0).all() and (flag[..., glass] == 0).all() and (standard[..., glass] == 0).all()
     )
-    filled = features.fill(statistics, jax.tree.map(lambda x: x[1], features.encode(lists, words)))
+    filled = features.fill(statistics, jax.tree.map(lambda x: x[1], encoding.encode(lists, words)))
     assert filled[0, ice] == statistics.mean[1, ice] != statistics.mean[0, ice]
 
 
@@ -193,13 +193,13 @@ def test_rule_by_hand(lists, words):
     np.testing.assert_allclose(base[:, 1], np.log(p / (1 - p)), atol=1e-4)
     # What is masked stands at the mean of its domain.
     mean = features.fit(lists, words, SETTINGS).mean
-    domain = np.broadcast_to(features.encode(lists, words).domain[:, None], lists.where.shape)[lists.where]
-    masked = base_of(inputs, features.make_mask(features.GROUPS, ["compliance_score"]))[lists.where]
+    domain = np.broadcast_to(encoding.encode(lists, words).domain[:, None], lists.where.shape)[lists.where]
+    masked = base_of(inputs, encoding.make_mask(encoding.GROUPS, ["compliance_score"]))[lists.where]
     usual = mean[domain, column("compliance_score")]
     other = rule + 0.7 * (usual - values[:, column("compliance_score")])
     np.testing.assert_allclose(masked[:, 0], (other - rule.mean()) / rule.std(), atol=1e-4)
     np.testing.assert_array_equal(masked[:, 1], base[:, 1])
-    masked = base_of(inputs, features.make_mask(features.GROUPS, ["conflict_prob"]))[lists.where]
+    masked = base_of(inputs, encoding.make_mask(encoding.GROUPS, ["conflict_prob"]))[lists.where]
     usual = mean[domain, column("conflict_prob")]
     other = rule - 0.3 * (usual - values[:, column("conflict_prob")])
     np.testing.assert_allclose(masked[:, 0], (other - rule.mean()) / rule.std(), atol=1e-4)
@@ -207,7 +207,7 @@ def test_rule_by_hand(lists, words):
 
 
 def test_a_rule_that_was_constant_in_training_stays_in_its_own_units(lists, words):
-    for name in features.RULE:
+    for name in encoding.RULE:
         lists.attributes[lists.where, column(name)] = 0.25
     statistics = features.fit(lists, words, SETTINGS)
     lists.attributes[0, :2, column("compliance_score")] = 0.5, 1.0
@@ -215,7 +215,7 @@ def test_a_rule_that_was_constant_in_training_stays_in_its_own_units(lists, word
     np.testing.assert_allclose(base, [0.7 * 0.25, 0.7 * 0.75, 0], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", [*features.RULE, "brightness"])
+@pytest.mark.parametrize("name", [*encoding.RULE, "brightness"])
 def test_an_attribute_that_training_never_saw_has_no_influence(lists, words, name):
     values = lists.attributes[..., column(name)].copy()
     lists.attributes[..., column(name)] = np.nan
@@ -230,7 +230,7 @@ def test_an_attribute_that_training_never_saw_has_no_influence(lists, words, nam
     base = base_of(absent)[lists.where]
     assert (base[:, 1] == 0).all() == (name == "conflict_prob")
     # The rule is that of its other terms.
-    rest = np.asarray(features.rule_score(np.nan_to_num(lists.attributes), set(features.RULE) - {name}))
+    rest = np.asarray(features.rule_score(np.nan_to_num(lists.attributes), set(encoding.RULE) - {name}))
     rule = rest[lists.where]
     np.testing.assert_allclose(base[:, 0], (rule - rule.mean()) / rule.std(), atol=1e-4)
 
@@ -245,11 +245,11 @@ def test_a_conflict_probability_that_training_never_saw_gives_a_base_of_zero(lis
     assert (base_of(featurize(lists, statistics, words))[..., 1] == 0).all()
 
 
-@pytest.mark.parametrize("group", features.GROUPS)
+@pytest.mark.parametrize("group", encoding.GROUPS)
 def test_a_group_switched_off_is_not_in_the_base(lists, words, group):
     lists.attributes[::2, 0] = np.nan
     statistics = features.fit(lists, words, SETTINGS)
-    mask = features.make_mask(set(features.GROUPS) - {group})
+    mask = encoding.make_mask(set(encoding.GROUPS) - {group})
     before, after = (featurize(each, statistics, words) for each in (lists, without(lists, ~mask)))
     np.testing.assert_array_equal(base_of(before, mask), base_of(after, mask))
     changed = np.abs(base_of(before) - base_of(after)).max(axis=(0, 1))
@@ -257,34 +257,34 @@ def test_a_group_switched_off_is_not_in_the_base(lists, words, group):
 
 
 def test_masks_by_hand():
-    everything = dict(zip(features.MASKED, features.make_mask(features.GROUPS), strict=True))
+    everything = dict(zip(encoding.MASKED, encoding.make_mask(encoding.GROUPS), strict=True))
     assert [*everything] == [*NAMES, "embeddings"] and all(everything.values())
-    named = lambda *arguments: {features.MASKED[k] for k in np.flatnonzero(features.make_mask(*arguments))}
+    named = lambda *arguments: {encoding.MASKED[k] for k in np.flatnonzero(encoding.make_mask(*arguments))}
     assert named(("clip",)) == {"clip_score", "embeddings"}
     assert named(("clip",), ("embeddings",)) == {"clip_score"}
     assert named(("conflict", "clip"), ("clip_score", "brightness")) == {"embeddings"} | {
-        name for name in NAMES if features.ATTRIBUTES[name] == "conflict"
+        name for name in NAMES if encoding.ATTRIBUTES[name] == "conflict"
     }
     assert named(()) == set()
-    for group in features.GROUPS:
-        off = named(set(features.GROUPS) - {group})
-        assert {features.ATTRIBUTES.get(name, "clip") for name in set(features.MASKED) - off} == {group}
+    for group in encoding.GROUPS:
+        off = named(set(encoding.GROUPS) - {group})
+        assert {encoding.ATTRIBUTES.get(name, "clip") for name in set(encoding.MASKED) - off} == {group}
 
 
 def test_unknown_names_of_a_mask():
     for groups in (["clip", "color"], [""]):
         with pytest.raises(ValueError, match=r"^--groups: unknown \['(color)?'\]"):
-            features.make_mask(groups)
+            encoding.make_mask(groups)
     with pytest.raises(ValueError, match=r"^--without: unknown \['colour'\].*clip_score,.*embeddings"):
-        features.make_mask(features.GROUPS, ["brightness", "colour"])
+        encoding.make_mask(encoding.GROUPS, ["brightness", "colour"])
 
 
 def test_gates_are_the_mask_and_the_sizes_of_what_is_in_it():
-    mask = features.make_mask(features.GROUPS, ["brightness"])
+    mask = encoding.make_mask(encoding.GROUPS, ["brightness"])
     gates = features.make_gates(mask, 0.6, 0.1, 0.5)
     np.testing.assert_array_equal(gates.attributes, [name != "brightness" for name in NAMES])
     assert [float(size) for size in gates[1:]] == pytest.approx([0.6, 0.1, 0.5])
-    gates = features.make_gates(features.make_mask(features.GROUPS, ["embeddings"]), 0.6, 0.1)
+    gates = features.make_gates(encoding.make_mask(encoding.GROUPS, ["embeddings"]), 0.6, 0.1)
     assert (gates.attributes == 1).all() and (float(gates.image), float(gates.text)) == (0, 0)
     assert [float(part) for part in features.make_gates(mask)[1:]] == [1, 1, 1]
 
@@ -465,7 +465,7 @@ def test_what_a_word_adds_to_a_query_is_found_in_the_images():
     lists, meaning = spoken()
     show = ["color=pink", "color=red", "color=blue"]
     lists.image[:, :3] = np.stack([meaning[word] for word in show])
-    words = features.vocabulary(lists)
+    words = encoding.vocabulary(lists)
     match = np.asarray(featurize(lists, features.fit(lists, words, SETTINGS), words).match)
     keys = ["color", "glass"]
     assert match.shape == (*lists.where.shape, 2 * len(keys))
@@ -478,7 +478,7 @@ def test_what_a_word_adds_to_a_query_is_found_in_the_images():
 
 def test_words_are_the_ridge_solution_by_hand():
     lists, _ = spoken()
-    words = features.vocabulary(lists)
+    words = encoding.vocabulary(lists)
     axes, by_key = features.word_axes(lists, words)
     leaf = ["=" in token for token in words.constraints]
     wanted = np.array([[float(t in wants) for t in words.constraints] for wants in lists.constraints])[
@@ -505,7 +505,7 @@ def test_without_a_shared_space_there_is_nothing_to_match(missing):
         lists = lists._replace(text=np.full_like(lists.text, np.nan))
     else:
         lists = lists._replace(image=lists.image[..., :0])
-    words = features.vocabulary(lists)
+    words = encoding.vocabulary(lists)
     result = featurize(lists, features.fit(lists, words, SETTINGS), words)
     assert np.isfinite(result.attributes).all()
     assert result.match.shape[-1] == (4 if missing == "text" else 0)  # as in a view that has texts
@@ -517,7 +517,7 @@ def test_a_query_without_its_embedding_and_an_image_without_one_match_nothing_wr
     lists, _ = spoken()
     lists.text[0] = np.nan
     lists.image[1, 0] = np.nan
-    words = features.vocabulary(lists)
+    words = encoding.vocabulary(lists)
     match = np.asarray(featurize(lists, features.fit(lists, words, SETTINGS), words).match)
     assert np.isfinite(match).all() and (match[1, 0, :2] == 0).all()  # it stands where the mean image does
     assert (match[0, 0] != 0).any()  # the words are known from the other queries

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cotrr.errors import InputError
-from cotrr.ranker import artifact, features, fitting, training
+from cotrr.ranker import artifact, encoding, fitting, training
 from cotrr.ranker.lanes import make_lanes
 from cotrr.ranker.model import Scores
 from cotrr.ranker.views import Examples
@@ -113,7 +113,7 @@ def test_make_lanes():
     np.testing.assert_array_equal(hparams.learning_rate, np.float32([0.01, 0.01, 0]))
     np.testing.assert_array_equal(hparams.pair_power, np.float32([0.5] * 3))
     np.testing.assert_array_equal(lanes.mask[0], lanes.mask[1])
-    np.testing.assert_array_equal(lanes.mask[2], features.make_mask(["so"]))
+    np.testing.assert_array_equal(lanes.mask[2], encoding.make_mask(["so"]))
     unused = {name for name, value in hparams._asdict().items() if value is None}
     assert unused == {"bagging", "dropout", "margin", "lambda_power", "softmax_weight"}
     assert make_lanes([configs[1]]).hparams.penalty == 0  # never left out
@@ -173,7 +173,7 @@ def test_a_step_that_broke_is_named(few):
 def test_a_masked_lane_is_one_that_was_given_garbage(few, groups, names):
     config = change(FEW, groups=groups, without=names)
     mask = artifact.mask_of(dataclasses.asdict(config))
-    encoded = features.encode(without(few.development.lists, ~mask), few.vocabulary)
+    encoded = encoding.encode(without(few.development.lists, ~mask), few.vocabulary)
     seen = fitting.featurize_views(few.statistics, encoded)
     examples = examples_of(few)
     trains = [training.make_train(FEW, each, METRIC) for each in (examples, examples._replace(features=seen))]

@@ -7,21 +7,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cotrr.ranker import features
+from cotrr.ranker import encoding, features
 from cotrr.ranker.model import Reranker, squared_norm
 from tests.ranker.synthetic import NAMES, development, padded, randomised, without
 
 LISTS = development(queries=6).lists
-WORDS = features.vocabulary(LISTS)
+WORDS = encoding.vocabulary(LISTS)
 STATISTICS = features.fit(LISTS, WORDS, features.Settings(4, 3))
 WIDTH, QUERY = 2 * len(NAMES) + 4 + 4, 1 + 3 + len(WORDS.constraints)
 featurize = jax.jit(jax.vmap(features.featurize, in_axes=(None, 0)))
 widths = pytest.mark.parametrize("hidden", [0, 8])
-GATES = features.make_gates(features.make_mask(features.GROUPS), 0.6, 0.1)
+GATES = features.make_gates(encoding.make_mask(encoding.GROUPS), 0.6, 0.1)
 
 
 def inputs(lists=LISTS, statistics=STATISTICS):
-    return featurize(statistics, features.encode(lists, WORDS))
+    return featurize(statistics, encoding.encode(lists, WORDS))
 
 
 @cache
@@ -62,7 +62,7 @@ def test_parameter_shapes(hidden):
 
 @widths
 def test_scores_are_the_bilinear_form_plus_the_hidden_layer_and_the_base(hidden):
-    mask = features.make_mask(features.GROUPS, ["brightness", "clip_score"])
+    mask = encoding.make_mask(encoding.GROUPS, ["brightness", "clip_score"])
     gates, params, one = features.make_gates(mask, 0.6, 0.1, 0.7), randomised(started(hidden)), of_query(1)
     p, scaled = params["params"], np.tile(mask[:-1], 2) * np.asarray(one.attributes, np.float64)
     query = np.concatenate([one.wants, 0.1 * np.asarray(one.text)]).astype(float)
@@ -102,9 +102,9 @@ def test_padding_changes_no_score(hidden, garbage):
 
 
 MASKS = {
-    **{group: (set(features.GROUPS) - {group}, ()) for group in features.GROUPS},
-    "attribute": (features.GROUPS, ("saturation",)),
-    "embeddings": (features.GROUPS, ("embeddings",)),
+    **{group: (set(encoding.GROUPS) - {group}, ()) for group in encoding.GROUPS},
+    "attribute": (encoding.GROUPS, ("saturation",)),
+    "embeddings": (encoding.GROUPS, ("embeddings",)),
     "everything": ((), ()),
 }
 
@@ -113,7 +113,7 @@ MASKS = {
 @pytest.mark.parametrize("name", MASKS)
 def test_what_is_masked_moves_no_score_and_no_gradient(hidden, name):
     """Neither its value nor whether there is one."""
-    mask, holed = features.make_mask(*MASKS[name]), LISTS.attributes.copy()
+    mask, holed = encoding.make_mask(*MASKS[name]), LISTS.attributes.copy()
     holed[::2, 0] = np.nan  # so that there are indicators
     lists = LISTS._replace(attributes=holed)
     statistics = features.fit(lists, WORDS, features.Settings(4, 3))
@@ -140,7 +140,7 @@ def test_what_is_masked_moves_no_score_and_no_gradient(hidden, name):
 
 def test_a_size_is_that_of_the_embeddings_themselves():
     """Gates scale as statistics with scaled axes do, so a finished model needs no sizes."""
-    params, mask = randomised(started(8)), features.make_mask(features.GROUPS)
+    params, mask = randomised(started(8)), encoding.make_mask(encoding.GROUPS)
     scaled = STATISTICS._replace(
         image_axes=np.float32(0.6) * STATISTICS.image_axes, text_axes=np.float32(0.1) * STATISTICS.text_axes
     )

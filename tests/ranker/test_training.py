@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from cotrr.checkpoints import Checkpoints
-from cotrr.ranker import artifact, calibration, features, fitting, training
+from cotrr.ranker import artifact, calibration, encoding, features, fitting, training
 from cotrr.ranker.lanes import make_lanes
 from cotrr.ranker.model import Reranker
 from tests.ranker.runs import (
@@ -198,7 +198,7 @@ def test_finish_calibrates_on_rows_held_out(dropping, dropped):
     state, config = dropped[0][2], change(DROPPING, without="brightness")
     model = fitting.finish(dropping, state, config, "m", {"a": 1})
     data, held, inputs = dropping.development, dropping.views.held_out, inputs_of(dropping)
-    gates = features.make_gates(features.make_mask(features.GROUPS, ["brightness"]), 0.6, 0.1)
+    gates = features.make_gates(encoding.make_mask(encoding.GROUPS, ["brightness"]), 0.6, 0.1)
     # [F, V, Q, n], by the gates that training had
     apply = jax.vmap(Reranker(hidden=4).apply, in_axes=(None, 0, None))
     apply = jax.vmap(jax.vmap(apply, in_axes=(0, None, None)), in_axes=(1, 0, None))
