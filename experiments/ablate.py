@@ -24,7 +24,8 @@ from cotrr.evaluate import figures, probabilities, ranking, systems
 from cotrr.evaluate.ranking import System
 from cotrr.evaluate.report import figure_text, metric_name, p_text
 from cotrr.ranker import artifact, encoding, fitting, search, training
-from cotrr.ranker.lanes import TrainConfig, make_lanes, names
+from cotrr.ranker.encoding import names
+from cotrr.ranker.lanes import TrainConfig, make_lanes
 from experiments import loop
 from experiments.loop import Loop
 from experiments.terminal import done, say

@@ -19,8 +19,8 @@ import numpy as np
 from cotrr.data.contract import ATTRIBUTES
 from cotrr.data.lists import Lists
 from cotrr.ranker import encoding, features
-from cotrr.ranker.artifact import Model, encode, mask_of
-from cotrr.ranker.encoding import Encoded
+from cotrr.ranker.artifact import Model, encode
+from cotrr.ranker.encoding import Encoded, mask_of
 from cotrr.ranker.features import Statistics
 from cotrr.ranker.model import Params, Reranker
 

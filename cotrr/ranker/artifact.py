@@ -17,9 +17,8 @@ from cotrr.data.splits import unit_hash
 from cotrr.errors import InputError
 from cotrr.ranker import calibrators, features, model_files
 from cotrr.ranker.calibrators import Calibration, Scored, conclude
-from cotrr.ranker.encoding import Encoded, Vocabulary, make_mask
+from cotrr.ranker.encoding import Encoded, Vocabulary, mask_of
 from cotrr.ranker.encoding import encode as encode_words
-from cotrr.ranker.lanes import names
 from cotrr.ranker.model import Params, Reranker, Scores
 from cotrr.ranker.model_files import FORMAT, TABLES, read_files, version_of
 
@@ -56,11 +55,6 @@ def learned_from(model: Model, table: pa.Table) -> str:
     shared = {key: overlap(model, key, table[key].to_numpy(zero_copy_only=False))
               for key in ("query_id", "canonical_id")}  # fmt: skip
     return " and ".join(f"{count} {key}" for key, count in shared.items()) if any(shared.values()) else ""
-
-
-def mask_of(config: dict[str, Any]) -> np.ndarray:
-    """[A + 1] bool: what a model with these settings looks at, in the order of encoding.MASKED."""
-    return make_mask(names(config["groups"]), names(config["without"]))
 
 
 @partial(jax.jit, static_argnames="hidden")

@@ -79,3 +79,13 @@ def make_mask(groups: Collection[str], without: Collection[str] = ()) -> np.ndar
         raise InputError(f"--without: unknown {sorted(unknown)}, expected some of {','.join(MASKED)}")
     group_of = {**ATTRIBUTES, EMBEDDINGS: "clip"}
     return np.array([group_of[name] in groups and name not in without for name in MASKED])
+
+
+def names(text: str) -> tuple[str, ...]:
+    """The names in a flag's comma-separated list."""
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def mask_of(config: dict[str, Any]) -> np.ndarray:
+    """[A + 1] bool: what a model with these settings looks at, in the order of MASKED."""
+    return make_mask(names(config["groups"]), names(config["without"]))

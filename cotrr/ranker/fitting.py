@@ -101,7 +101,7 @@ def held_out(setup: Setup, model: artifact.Model) -> HeldOut:
     """Each held-out row as the members of the view that holds it out score it."""
     lists, rows = setup.development.lists, setup.views.held_out.any(axis=0)
     scores = artifact.lane_scores(
-        model.params, model.statistics, setup.encoded, artifact.mask_of(model.config),
+        model.params, model.statistics, setup.encoded, encoding.mask_of(model.config),
         hidden=model.config["hidden"],
     )  # fmt: skip
     view = setup.views.held_out.argmax(axis=0)[rows]

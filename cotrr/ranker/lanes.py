@@ -9,7 +9,7 @@ import numpy as np
 
 from cotrr.config import check_settings, setting
 from cotrr.errors import InputError
-from cotrr.ranker.encoding import Leaf, make_mask
+from cotrr.ranker.encoding import Leaf, make_mask, names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,11 +58,6 @@ class TrainConfig:
             )
         if self.folds == 1:
             raise InputError("--folds=1: expected 0 (the validation split) or at least 2")
-
-
-def names(text: str) -> tuple[str, ...]:
-    """The names in a flag's comma-separated list."""
-    return tuple(word.strip() for word in text.split(",") if word.strip())
 
 
 class Hyperparameters(NamedTuple):

@@ -378,7 +378,7 @@ def test_no_lists_and_empty_lists(model):
 )  # fmt: skip
 def test_what_the_config_masks_is_not_scored_with(model, changes):
     off = model._replace(config=model.config | changes)
-    mask = artifact.mask_of(off.config)
+    mask = encoding.mask_of(off.config)
     names = changes.get("without", "").replace(" ", "").split(",")
     assert [name for name in encoding.MASKED if name in names] == [
         name for name, on in zip(encoding.MASKED, mask, strict=True) if not on and name in names
@@ -390,7 +390,7 @@ def test_what_the_config_masks_is_not_scored_with(model, changes):
 
 
 def test_masks_of_configs_by_hand():
-    mask = artifact.mask_of({"groups": "clip, conflict", "without": "embeddings,soft_conflicts"})
+    mask = encoding.mask_of({"groups": "clip, conflict", "without": "embeddings,soft_conflicts"})
     seen = [name for name, on in zip(encoding.MASKED, mask, strict=True) if on]
     conflict = [name for name in ATTRIBUTES if ATTRIBUTES[name] == "conflict"]
     assert seen == ["clip_score", *conflict[:-1]] and conflict[-1] == "soft_conflicts"

@@ -172,7 +172,7 @@ def test_a_step_that_broke_is_named(few):
 )
 def test_a_masked_lane_is_one_that_was_given_garbage(few, groups, names):
     config = change(FEW, groups=groups, without=names)
-    mask = artifact.mask_of(dataclasses.asdict(config))
+    mask = encoding.mask_of(dataclasses.asdict(config))
     encoded = encoding.encode(without(few.development.lists, ~mask), few.vocabulary)
     seen = fitting.featurize_views(few.statistics, encoded)
     examples = examples_of(few)
@@ -186,7 +186,7 @@ def test_a_masked_lane_is_one_that_was_given_garbage(few, groups, names):
 def test_garbage_that_is_masked_may_be_there_before_anything_is_fitted():
     """But for the terms of Step 4's rule: its scale is that of all three."""
     config, data = change(FEW, without="embeddings,brightness,ice_ratio,conflict_score"), development()
-    mask = artifact.mask_of(dataclasses.asdict(config))
+    mask = encoding.mask_of(dataclasses.asdict(config))
     setups = [start(FEW, data._replace(lists=lists)) for lists in (data.lists, without(data.lists, ~mask))]
     assert not np.array_equal(setups[0].statistics.mean, setups[1].statistics.mean)
     runs = [go(setup.train, [config], 2) for setup in setups]

@@ -249,7 +249,7 @@ def test_finish_without_folds_halves_the_validation_split_by_query(simple, learn
     held = simple.views.held_out[0]
     q, i = np.nonzero(held)
     logits = np.asarray(artifact.lane_scores(model.params, model.statistics, simple.encoded,
-                                             artifact.mask_of(model.config), hidden=0).rank)[0]  # fmt: skip
+                                             encoding.mask_of(model.config), hidden=0).rank)[0]  # fmt: skip
     label, choice = calibration.choose(
         logits[q, i].astype(float), simple.development.lists.y[q, i].astype(float), q % 2
     )

@@ -1,0 +1,112 @@
+"""The NumPy scorer says what the JAX model says, whatever is missing, and imports nothing of it."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from cotrr.deploy.scorer import Query, Scorer
+from cotrr.ranker import artifact, model_files
+from tests.ranker.test_artifact import LISTS, make_model
+
+LARGEST = 1e-5
+
+
+def both(model, folder):
+    artifact.save(model, folder)
+    return artifact.load(folder), Scorer(model_files.parse(model_files.read_files(folder), folder))
+
+
+def largest_difference(model, scorer, lists):
+    """Over every candidate and every number that scoring gives."""
+    wanted, worst = artifact.score(model, lists), 0.0
+    for q, where in enumerate(lists.where):
+        query = Query(lists.text[q], lists.domain[q], lists.constraints[q])
+        found = scorer.score(query, lists.image[q][where], lists.attributes[q][where])
+        for name, values in found._asdict().items():
+            np.testing.assert_array_equal(np.isnan(values), np.isnan(getattr(wanted, name)[q][where]))
+            worst = max(worst, np.nanmax(np.abs(values - getattr(wanted, name)[q][where]), initial=0.0))
+    return worst
+
+
+def holes(lists, share):
+    """Lists of which a share of everything that may be missing is missing."""
+    rng = np.random.default_rng(1)
+    lost = lambda *shape: rng.random(shape) < share
+    queries, n = lists.where.shape
+    return lists._replace(
+        attributes=np.where(lost(*lists.attributes.shape), np.nan, lists.attributes).astype(np.float32),
+        image=np.where(lost(queries, n, 1), np.nan, lists.image).astype(np.float32),
+        text=np.where(lost(queries, 1), np.nan, lists.text).astype(np.float32),
+        domain=np.where(lost(queries), "never seen", lists.domain.astype(str)).astype(object),
+        constraints=tuple((*w, "color=unheard", "odd=1") if gone else w
+                          for w, gone in zip(lists.constraints, lost(queries), strict=True)),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=[0, 4], ids=["linear", "hidden"])
+def pair(request, tmp_path_factory):
+    return both(make_model(hidden=request.param), tmp_path_factory.mktemp("model"))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_it_scores_what_the_model_scores(pair, share):
+    assert largest_difference(*pair, holes(LISTS, share)) < LARGEST
+
+
+def test_a_run_without_any_embedding_is_scored_too(pair):
+    model, scorer = pair
+    bare = LISTS._replace(image=LISTS.image[..., :0], text=LISTS.text[..., :0])
+    assert largest_difference(model, scorer, bare) < LARGEST
+
+
+def test_a_model_that_learned_without_embeddings_ignores_them(tmp_path):
+    bare = LISTS._replace(image=LISTS.image[..., :0], text=LISTS.text[..., :0])
+    model, scorer = both(make_model(lists=bare), tmp_path)
+    assert largest_difference(model, scorer, bare) < LARGEST
+    assert largest_difference(model, scorer, LISTS._replace(text=bare.text, image=bare.image)) < LARGEST
+
+
+@pytest.mark.parametrize("change", [{"groups": "so"}, {"without": "embeddings,conflict_prob,clip_score"}])
+def test_what_is_masked_does_not_count(tmp_path, change):
+    model = make_model()
+    model = model._replace(config=model.config | change)
+    assert largest_difference(*both(model, tmp_path), holes(LISTS, 0.2)) < LARGEST
+
+
+def test_a_single_lane_has_no_spread(tmp_path):
+    model = make_model()
+    one = lambda tree: {k: one(v) for k, v in tree.items()} if isinstance(tree, dict) else tree[:1]
+    model = model._replace(
+        params=one(model.params),
+        statistics=type(model.statistics)(*(part[:1] for part in model.statistics)),
+        final=np.array([True]),
+    )
+    assert largest_difference(*both(model, tmp_path), LISTS) < LARGEST
+
+
+def test_one_candidate_and_none(pair):
+    _, scorer = pair
+    query = Query(LISTS.text[0], LISTS.domain[0], LISTS.constraints[0])
+    for count in (0, 1):
+        found = scorer.score(query, LISTS.image[0, :count], LISTS.attributes[0, :count])
+        assert all(len(values) == count for values in found)
+
+
+def test_a_candidate_is_scored_alike_in_any_company(pair):
+    _, scorer = pair
+    query = Query(LISTS.text[3], LISTS.domain[3], LISTS.constraints[3])
+    image, attributes = LISTS.image[3], LISTS.attributes[3]
+    whole = scorer.score(query, image, attributes).logit
+    turned = scorer.score(query, image[::-1], attributes[::-1]).logit[::-1]
+    np.testing.assert_allclose(whole, turned, atol=1e-5)
+
+
+def test_it_needs_no_jax_and_no_scipy():
+    code = (
+        "import sys, cotrr.deploy.scorer;"
+        "print(sorted({'jax', 'flax', 'scipy', 'pyarrow', 'absl'} & {m.split('.')[0] for m in sys.modules}))"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert said.strip() == "[]"
