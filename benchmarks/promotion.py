@@ -8,6 +8,7 @@ errors of it.
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from absl import flags
@@ -150,10 +151,14 @@ def sample_ratio(trials: int) -> Shares:
         new = rng.binomial(100, share, size=(trials, 100)).cumsum(axis=1)
         counts = np.stack([100 * np.arange(1, 101) - new, new], axis=-1)
         excess = np.abs(counts[..., 1] / counts.sum(axis=-1) - 0.5) * 2 * np.sqrt(counts.sum(axis=-1))
-        found[f"{name}: chi-square"] = (2 * ndtr(-excess) < 0.01).any(axis=1).tolist()
+        found[f"{name}: chi-square"] = _listed((2 * ndtr(-excess) < 0.01).any(axis=1))
         p = sequences.sample_ratio(counts, (0.5, 0.5))
-        found[f"{name}: Dirichlet-multinomial"] = (p < 0.01).any(axis=1).tolist()
+        found[f"{name}: Dirichlet-multinomial"] = _listed((p < 0.01).any(axis=1))
     return found
+
+
+def _listed(happened: Any) -> list[bool]:
+    return np.asarray(happened).tolist()
 
 
 if __name__ == "__main__":

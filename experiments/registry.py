@@ -34,20 +34,22 @@ from absl import flags
 from cotrr import files
 from cotrr.config import launch
 from cotrr.data import certificate, dataset
-from cotrr.data.lists import to_lists
+from cotrr.data.lists import Lists, to_lists
 from cotrr.deploy import card, gate, mirror, policy, sketches, step4
 from cotrr.deploy.registry import ALIASES, Draft, Event, Registry, State
+from cotrr.deploy.scorer import Scorer, largest_difference
 from cotrr.deploy.store import open_store
 from cotrr.errors import InputError
 from cotrr.evaluate.report import figure_text
-from cotrr.ranker import artifact
+from cotrr.ranker import artifact, model_files
+from cotrr.ranker.calibrators import Scored
 from experiments import loop
 from experiments.terminal import done, say, warn
 
 FLAGS = flags.FLAGS
 STATUS = {"PROMOTE": 0, "REJECT": 1, "HOLD": 3}
 LEFT_OUT = ("per_query", "units")  # of a judgement: evidence, too long to read
-ENTRIES = 2**24  # bytes of a report or verdict that is read
+PARITY = 1e-5  # between the scorer that serves and the one that was evaluated
 
 
 def define_flags() -> None:
@@ -86,28 +88,31 @@ def main(command: str) -> None:
 def register(registry: Registry) -> None:
     """Puts a model, its data certificate, drift reference, report and card into the registry."""
     folder, data = _needed("model"), _needed("data")
-    content = artifact.read_files(folder)
-    model = artifact.parse(content, folder)
-    passport, found = dataset.read_certificate(data), _report(model)
+    content = model_files.read_files(folder)
+    found = model_files.parse(content, folder)
+    model, scorer = artifact.assemble(found), Scorer(found)
+    passport, evaluation = dataset.read_certificate(data), _report(model)
     for breach in certificate.breaches(passport):
         warn(breach)
     table = dataset.read(data, "test")
     loop.refuse_overlap(model, folder, table, data)
     lists = to_lists(table)
     say(f"sketching {lists.where.sum():,} candidates of {len(lists.query_id):,} queries")
-    reference = sketches.sketch(lists, artifact.score(model, lists))
-    made = card.build(model, passport, found)
+    scored = artifact.score(model, lists)
+    reference = sketches.sketch(lists, scored)
+    made = card.build(model, passport, evaluation)
     texts = {"certificate.json": passport, "reference.json": reference, "card.json": made,
-             **({"report.json": found} if found else {})}  # fmt: skip
+             **({"report.json": evaluation} if evaluation else {})}  # fmt: skip
     content |= {name: _json(value) for name, value in texts.items()}
     content["card.md"] = card.markdown(made).encode()
     facts = {"description": FLAGS.description, "certificate": files.digest(passport),
-             "config": model.config, "metrics": _metrics(found)}  # fmt: skip
+             "config": model.config, "metrics": _metrics(evaluation),
+             "numpy_parity": _parity(scorer, scored, lists)}  # fmt: skip
     version = registry.register(content, facts, _actor())
     say(f"{version.label} is {version.model}")
-    there = f"--registry={FLAGS.registry} --name={FLAGS.name}"
+    there = f"--registry={FLAGS.registry} --name={FLAGS.name} --version={version.label}"
     done({"version": version.label, "folder": f"{FLAGS.registry}/{FLAGS.name}/versions/{version.folder}"},
-         [f"python -m experiments.registry promote {there} --version={version.label} --data={data}"])  # fmt: skip
+         [f"python -m experiments.registry promote {there} --data={data}"])  # fmt: skip
 
 
 def list_versions(registry: Registry) -> None:
@@ -148,7 +153,7 @@ def promote(registry: Registry) -> None:
         wanted, _actor(), experiment, FLAGS.seed, 1000 if FLAGS.quick else FLAGS.resamples,
     )  # fmt: skip
     _tell_judgement(judgement)
-    wrote = {"event": event.number, "evidence": event.evidence["judgement"]}
+    wrote: dict[str, object] = {"event": event.number, "evidence": event.evidence["judgement"]}
     if FLAGS.output:
         path = pathlib.Path(FLAGS.output) / "judgement.json"
         files.write_json(path, judgement)
@@ -283,6 +288,14 @@ def _report(model: artifact.Model) -> dict[str, Any] | None:
     return found
 
 
+def _parity(scorer: Scorer, scored: Scored, lists: Lists) -> float:
+    """The largest difference between what NumPy and JAX score; raises InputError above PARITY."""
+    worst = largest_difference(scorer, scored, lists)
+    if not worst <= PARITY:
+        raise InputError(f"the NumPy scorer is off by {worst:.2g}, more than {PARITY:g}", file=FLAGS.model)
+    return worst
+
+
 def _metrics(report: dict[str, Any] | None) -> dict[str, Any]:
     """A report's figures by the names that policies use."""
     if not report:
@@ -299,9 +312,8 @@ def _tell_judgement(judgement: dict[str, Any]) -> None:
     for check in judgement["checks"]:
         value, bound = ("" if check[key] is None else f"{check[key]:+.4f}" for key in ("value", "bound"))
         more = f"; {check['more_queries']} more would decide it" if check["more_queries"] else ""
-        say(
-            f"  {check['verdict']:<5} {check['check']:<40} {value:>9} {bound:>9}  {check['why']}{more}".rstrip()
-        )
+        line = f"  {check['verdict']:<5} {check['check']:<40} {value:>9} {bound:>9}  {check['why']}{more}"
+        say(line.rstrip())
     say(f"\n{judgement['verdict']}")
 
 

@@ -183,8 +183,9 @@ def promote(
     if version.label == champion:
         raise InputError(f"{version.label} is live already")
     _refuse_changed_policy(before, policy)
-    live = registry.model(before.version(champion)) if champion and before.version(champion).folder else None
-    judged = judge(Contest(registry.model(version), live, *test), policy, seed, resamples)
+    model = lambda which: artifact.assemble(registry.contents(which))
+    live = model(before.version(champion)) if champion and before.version(champion).folder else None
+    judged = judge(Contest(model(version), live, *test), policy, seed, resamples)
     judgement: dict[str, Any] = {}
 
     def draft(state: State) -> Draft:

@@ -5,14 +5,19 @@ first: what is left for a candidate is one product with its embedding and one wi
 weights of all L lanes stand side by side, so an ensemble is one product too.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from cotrr.ranker.calibrators import Calibration, Scored, conclude
 from cotrr.ranker.encoding import CONFLICT_PROB, RULE, RULE_COLUMNS, WINSOR, encode_wants, mask_of
 from cotrr.ranker.model_files import Contents
+
+if TYPE_CHECKING:
+    from cotrr.data.lists import Lists
 
 PROBABILITIES = (0.01, 0.99)  # a conflict probability is held inside, so that its logit is finite
 
@@ -169,16 +174,16 @@ class Scorer:
         conflict = self._conflict[:, None] * (_logit(raw) - _logit(domain.mean[:, None, CONFLICT_PROB]))
         return standard, indicator, np.stack([rule, conflict], axis=-1)
 
-    def _pictures(self, image: np.ndarray) -> "Pictures":
+    def _pictures(self, image: np.ndarray) -> Pictures:
         """The images, with those marked that are missing."""
         if image.shape[1] != self.image_dim:  # none is given, or the model knows none
             image = np.full((len(image), self.image_dim), np.nan, np.float32)
-        there = ~np.isnan(image[:, :1]).any(axis=1)
+        there = np.asarray(np.isfinite(image[:, :1]).all(axis=1))
         whole = bool(there.all())
         vectors = image if whole else np.where(there[:, None], image, 0.0)
         return Pictures(vectors.astype(np.float32, copy=False), None if whole else there)
 
-    def _along(self, pictures: "Pictures", axes: np.ndarray) -> np.ndarray:
+    def _along(self, pictures: Pictures, axes: np.ndarray) -> np.ndarray:
         """[L, n, k] images less their mean, along axes [L, d, k]; 0 for a missing one."""
         lanes, d, k = axes.shape
         flat = pictures.vectors @ axes.transpose(1, 0, 2).reshape(d, lanes * k)
@@ -187,7 +192,7 @@ class Scorer:
             flat *= pictures.there[:, None]
         return flat.reshape(-1, lanes, k).transpose(1, 0, 2)
 
-    def _matches(self, pictures: "Pictures", wants: np.ndarray) -> list[tuple[int, np.ndarray, np.ndarray]]:
+    def _matches(self, pictures: Pictures, wants: np.ndarray) -> list[tuple[int, np.ndarray, np.ndarray]]:
         """By wanted key [L, n]: how far images lie along the wanted word, and the log of its share."""
         found = []
         for key, words in enumerate(self._words):
@@ -211,7 +216,7 @@ class Scorer:
         asked: np.ndarray,
         standard: np.ndarray,
         indicator: np.ndarray,
-        pictures: "Pictures",
+        pictures: Pictures,
         matches: list[tuple[int, np.ndarray, np.ndarray]],
     ) -> np.ndarray:
         """[L, n, 2] what the hidden layer adds."""
@@ -224,6 +229,19 @@ class Scorer:
             inside += there[..., None] * matched[:, None, key]
             inside += share[..., None] * matched[:, None, key + len(self._words)]
         return _gelu(inside) @ heads
+
+
+def largest_difference(scorer: Scorer, scored: Scored, lists: Lists) -> float:
+    """Between the scores of lists [Q, n] and what the scorer says of each query, over all that it says."""
+    worst = 0.0
+    for q, where in enumerate(lists.where):
+        query = Query(lists.text[q], lists.domain[q], lists.constraints[q])
+        found = scorer.score(query, lists.image[q][where], lists.attributes[q][where])
+        for ours, theirs in zip(found, scored, strict=True):
+            apart = np.abs(ours - theirs[q][where])
+            both_undefined = np.isnan(ours) & np.isnan(theirs[q][where])
+            worst = max(worst, float(np.where(both_undefined, 0.0, apart).max(initial=0.0)))
+    return worst
 
 
 class Pictures(NamedTuple):

@@ -155,34 +155,33 @@ def load(folder: str | pathlib.Path) -> Model:
 
 
 def parse(content: Mapping[str, bytes], folder: str | pathlib.Path) -> Model:
-    """The model that FILES hold; raises InputError, naming `folder`, where they do not."""
-    found = model_files.parse(content, folder)
-    try:
-        return _assemble(found)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        path = pathlib.Path(folder) / "model.json"
-        raise InputError(f"no model of cotrr ({error!r})", file=path) from None
+    """The model that `model_files.FILES` hold; raises InputError, naming `folder`, where they do not."""
+    return assemble(model_files.parse(content, folder))
 
 
-def _assemble(found: model_files.Contents) -> Model:
+def assemble(found: model_files.Contents) -> Model:
+    """The model that parsed files are; raises InputError where parts of it are missing."""
     params: dict[str, Any] = {}
-    for path, weights in found.weights.items():
-        *parents, leaf = path.split("/")
-        if parents[:1] == ["params"]:
-            place = params
-            for parent in parents:
-                place = place.setdefault(parent, {})
-            place[leaf] = jnp.asarray(weights)  # on the device once, not at every call
-    statistics = (jnp.asarray(found.weights[f"statistics/{k}"]) for k in features.Statistics._fields)
-    return Model(
-        name=found.facts["name"],
-        config=found.facts["config"],
-        vocabulary=found.vocabulary,
-        statistics=features.Statistics(*statistics),
-        params=params,
-        final=found.weights["final"],
-        calibration=found.calibration,
-        provenance=found.facts["provenance"],
-        seen=found.seen,
-        version=found.facts["version"],
-    )
+    try:
+        for path, weights in found.weights.items():
+            *parents, leaf = path.split("/")
+            if parents[:1] == ["params"]:
+                place = params
+                for parent in parents:
+                    place = place.setdefault(parent, {})
+                place[leaf] = jnp.asarray(weights)  # on the device once, not at every call
+        statistics = (jnp.asarray(found.weights[f"statistics/{k}"]) for k in features.Statistics._fields)
+        return Model(
+            name=found.facts["name"],
+            config=found.facts["config"],
+            vocabulary=found.vocabulary,
+            statistics=features.Statistics(*statistics),
+            params=params,
+            final=found.weights["final"],
+            calibration=found.calibration,
+            provenance=found.facts["provenance"],
+            seen=found.seen,
+            version=found.facts["version"],
+        )
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"no model of cotrr ({error!r})", file=found.folder / "model.json") from None

@@ -24,7 +24,6 @@ from cotrr.ranker.encoding import Vocabulary
 FORMAT = 3
 TABLES = ("weights.npz", "trained_on.npz")
 FILES = ("model.json", *TABLES)
-ARRAYS_LIMIT = 2**30  # bytes of all arrays of a file
 
 
 class Contents(NamedTuple):
@@ -35,6 +34,7 @@ class Contents(NamedTuple):
     calibration: Calibration
     weights: dict[str, np.ndarray]
     seen: dict[str, np.ndarray]
+    folder: pathlib.Path  # where they were, for messages
 
 
 def read_files(folder: str | pathlib.Path) -> dict[str, bytes]:
@@ -69,16 +69,18 @@ def parse(content: Mapping[str, bytes], folder: str | pathlib.Path) -> Contents:
                 raise InputError("not the file that was saved with the model", file=folder / name)
         words = (tuple(facts["vocabulary"][name]) for name in Vocabulary._fields)
         fitted = calibrators.unpack(facts["calibration"])
-        return Contents(facts, Vocabulary(*words), fitted, *(_arrays(content[name]) for name in TABLES))
+        weights, seen = (_arrays(content[name]) for name in TABLES)
+        return Contents(facts, Vocabulary(*words), fitted, weights, seen, folder)
     except InputError:
         raise
-    except (AttributeError, KeyError, TypeError, ValueError, RecursionError, zipfile.BadZipFile) as error:
+    except Exception as error:  # of zipfile and NumPy, which promise none in particular
         raise InputError(f"no model of cotrr ({error!r})", file=path) from None
 
 
 def _arrays(content: bytes) -> dict[str, np.ndarray]:
-    """The arrays of an npz file; ValueError for pickles, and where they would fill the memory."""
+    """The arrays of an npz file; ValueError for pickles, and where they unpack to more than it holds."""
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        if sum(entry.file_size for entry in archive.infolist()) > ARRAYS_LIMIT:
-            raise ValueError(f"arrays of more than {ARRAYS_LIMIT:,} bytes")
+        # As `artifact.save` stores them; so nothing small can fill the memory.
+        if sum(entry.file_size for entry in archive.infolist()) > len(content):
+            raise ValueError("unpacks to more than it holds")
     return dict(np.load(io.BytesIO(content), allow_pickle=False))

@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 
+from cotrr.deploy import scorer as scorer_module
 from cotrr.deploy.scorer import Query, Scorer
 from cotrr.ranker import artifact, model_files
 from tests.ranker.test_artifact import LISTS, make_model
@@ -19,15 +20,7 @@ def both(model, folder):
 
 
 def largest_difference(model, scorer, lists):
-    """Over every candidate and every number that scoring gives."""
-    wanted, worst = artifact.score(model, lists), 0.0
-    for q, where in enumerate(lists.where):
-        query = Query(lists.text[q], lists.domain[q], lists.constraints[q])
-        found = scorer.score(query, lists.image[q][where], lists.attributes[q][where])
-        for name, values in found._asdict().items():
-            np.testing.assert_array_equal(np.isnan(values), np.isnan(getattr(wanted, name)[q][where]))
-            worst = max(worst, np.nanmax(np.abs(values - getattr(wanted, name)[q][where]), initial=0.0))
-    return worst
+    return scorer_module.largest_difference(scorer, artifact.score(model, lists), lists)
 
 
 def holes(lists, share):
