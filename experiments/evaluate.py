@@ -20,11 +20,12 @@ from cotrr import files
 from cotrr.config import launch
 from cotrr.data import certificate, dataset, labels
 from cotrr.data.lists import Lists, clusters
+from cotrr.deploy.scorer import Scorer, score_list
 from cotrr.errors import InputError
 from cotrr.evaluate import acceptance, evaluation, failures, figures, plots, probabilities, report, systems
 from cotrr.evaluate.figures import Engine
 from cotrr.evaluate.ranking import System
-from cotrr.ranker import artifact, encoding
+from cotrr.ranker import artifact, encoding, model_files
 from cotrr.summaries import SummaryWriter
 from experiments import loop
 from experiments.terminal import done, say, warn
@@ -146,9 +147,15 @@ def _measure(
     found = failures.analyse(model, table, lists, scored)
     result |= {"examples": found.pop("examples"), "failures": found}
     lap("failures")
-    result["latency"] = {} if FLAGS.quick else systems.latency(model, lists)
+    result["latency"] = {} if FLAGS.quick else _latency(contenders[0].folder, lists)
     lap("latency")
     return result
+
+
+def _latency(folder: str, lists: Lists) -> dict:
+    """Of the scorer that serves."""
+    scorer = Scorer(model_files.parse(model_files.read_files(folder), folder))
+    return systems.latency(lambda q: score_list(scorer, lists, q), lists, "NumPy")
 
 
 def _command(engine: Engine) -> str:

@@ -309,10 +309,12 @@ def _metrics(report: dict[str, Any] | None) -> dict[str, Any]:
 def _tell_judgement(judgement: dict[str, Any]) -> None:
     incumbent = judgement["incumbent"]
     say(f"\nagainst {incumbent['label'] or 'no champion:'} {incumbent['system']}")
+    say(f"  {'':<52} {'value':>9} {'bound':>9}")
+    number = lambda value: "" if value is None else f"{value:.0f}" if value > 1 else f"{value:+.4f}"
     for check in judgement["checks"]:
-        value, bound = ("" if check[key] is None else f"{check[key]:+.4f}" for key in ("value", "bound"))
         more = f"; {check['more_queries']} more would decide it" if check["more_queries"] else ""
-        line = f"  {check['verdict']:<5} {check['check']:<40} {value:>9} {bound:>9}  {check['why']}{more}"
+        line = (f"  {check['verdict']:<5} {check['check']:<46} {number(check['value']):>9} "
+                f"{number(check['bound']):>9}  {check['why']}{more}")  # fmt: skip
         say(line.rstrip())
     say(f"\n{judgement['verdict']}")
 

@@ -18,6 +18,7 @@ from cotrr.data import certificate, labels
 from cotrr.data.lists import Lists, clusters
 from cotrr.deploy.policy import Limit, Policy
 from cotrr.deploy.registry import Draft, Event, Registry, State, Version
+from cotrr.deploy.scorer import Scorer, score_list
 from cotrr.errors import InputError
 from cotrr.evaluate import acceptance, figures, intervals, probabilities, ranking, systems
 from cotrr.evaluate.comparisons import holm
@@ -156,6 +157,7 @@ class Contest(NamedTuple):
     """What a policy is asked about."""
 
     candidate: Model
+    scorer: Scorer  # the same, as it serves
     champion: Model | None  # None: nothing of ours is live, and the policy names a baseline
     table: pa.Table
     lists: Lists
@@ -183,9 +185,14 @@ def promote(
     if version.label == champion:
         raise InputError(f"{version.label} is live already")
     _refuse_changed_policy(before, policy)
-    model = lambda which: artifact.assemble(registry.contents(which))
-    live = model(before.version(champion)) if champion and before.version(champion).folder else None
-    judged = judge(Contest(model(version), live, *test), policy, seed, resamples)
+    contents, live = registry.contents(version), before.version(champion) if champion else None
+    contest = Contest(
+        artifact.assemble(contents),
+        Scorer(contents),
+        artifact.assemble(registry.contents(live)) if live and live.folder else None,
+        *test,
+    )
+    judged = judge(contest, policy, seed, resamples)
     judgement: dict[str, Any] = {}
 
     def draft(state: State) -> Draft:
@@ -370,12 +377,13 @@ def judge_limit(limit: Limit, figure: Figure | None) -> Check:
 def _figures(engine: Engine, contest: Contest, ours: dict, scored: Scored) -> dict[str, Figure]:
     """The candidate's own figures by name."""
     conflict = probabilities.conflicts(engine, {"candidate": scored.p_conflict}, contest.lists)
+    one = lambda q: score_list(contest.scorer, contest.lists, q)
     return {
         **_means(engine, ours, ranking.METRICS),
         "conflict_auc": conflict["auc"],
         "conflict_ece": conflict["ece"],
         "coverage": probabilities.coverage(engine, scored.low, scored.high, contest.lists)["coverage"],
-        "latency_p95_ms": systems.latency(contest.candidate, contest.lists)["p95_ms"],
+        "latency_p95_ms": systems.latency(one, contest.lists, "NumPy")["p95_ms"],
     }
 
 

@@ -231,12 +231,17 @@ class Scorer:
         return _gelu(inside) @ heads
 
 
+def score_list(scorer: Scorer, lists: Lists, q: int) -> Scored:
+    """The scores of the candidates of one of the lists."""
+    query, where = Query(lists.text[q], lists.domain[q], lists.constraints[q]), lists.where[q]
+    return scorer.score(query, lists.image[q][where], lists.attributes[q][where])
+
+
 def largest_difference(scorer: Scorer, scored: Scored, lists: Lists) -> float:
     """Between the scores of lists [Q, n] and what the scorer says of each query, over all that it says."""
     worst = 0.0
     for q, where in enumerate(lists.where):
-        query = Query(lists.text[q], lists.domain[q], lists.constraints[q])
-        found = scorer.score(query, lists.image[q][where], lists.attributes[q][where])
+        found = score_list(scorer, lists, q)
         for ours, theirs in zip(found, scored, strict=True):
             apart = np.abs(ours - theirs[q][where])
             both_undefined = np.isnan(ours) & np.isnan(theirs[q][where])

@@ -1,6 +1,7 @@
 """The systems that an evaluation compares, and how long the model takes."""
 
 import time
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -8,7 +9,7 @@ import numpy as np
 from cotrr.data.lists import Lists
 from cotrr.evaluate.ranking import System
 from cotrr.ranker import encoding, features
-from cotrr.ranker.artifact import Model, score
+from cotrr.ranker.artifact import Model
 
 BASELINES = {"clip": "CLIP-only", "so": "+SO", "rule": "+SO+Conflict", "dual": "Step 4 dual_score"}
 STEPS = {
@@ -41,14 +42,13 @@ def ladder(model: Model, lists: Lists) -> list[System]:
     return systems
 
 
-def latency(model: Model, lists: Lists, calls: int = 300) -> dict:
-    """Milliseconds to score one query at a time, features included, with the JAX scorer."""
-    one = lambda q: score(model, lists.take(np.array([q % len(lists.query_id)])))
+def latency(one: Callable[[int], object], lists: Lists, engine: str, calls: int = 300) -> dict:
+    """Milliseconds that `one(q)` takes to score query q, features included; `engine` says with what."""
     one(0)
     times = []
-    for q in range(calls):
+    for call in range(calls):
         start = time.perf_counter()
-        one(q)
+        one(call % len(lists.query_id))
         times.append(1e3 * (time.perf_counter() - start))
     ordered = np.sort(times)
 
@@ -61,5 +61,5 @@ def latency(model: Model, lists: Lists, calls: int = 300) -> dict:
         return {"value": value, "ci": bounds, "n": calls, "kind": "order statistics"}
 
     return {"p50_ms": quantile(0.5), "p95_ms": quantile(0.95),
-            "engine": f"JAX on {jax.devices()[0].platform}, one query a call",
+            "engine": f"{engine}, one query a call",
             "candidates": float(np.median(lists.where.sum(axis=1)))}  # fmt: skip
