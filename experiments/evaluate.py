@@ -20,7 +20,7 @@ from cotrr import files
 from cotrr.config import launch
 from cotrr.data import certificate, dataset, labels
 from cotrr.data.lists import Lists, clusters
-from cotrr.deploy.scorer import Scorer, score_list
+from cotrr.deploy.scorer import Scorer, of_list
 from cotrr.errors import InputError
 from cotrr.evaluate import acceptance, evaluation, failures, figures, plots, probabilities, report, systems
 from cotrr.evaluate.figures import Engine
@@ -155,7 +155,7 @@ def _measure(
 def _latency(folder: str, lists: Lists) -> dict:
     """Of the scorer that serves."""
     scorer = Scorer(model_files.parse(model_files.read_files(folder), folder))
-    return systems.latency(lambda q: score_list(scorer, lists, q), lists, "NumPy")
+    return systems.latency(lambda q: scorer.score(*of_list(lists, q)), lists, "NumPy")
 
 
 def _command(engine: Engine) -> str:

@@ -42,7 +42,6 @@ from cotrr.deploy.store import open_store
 from cotrr.errors import InputError
 from cotrr.evaluate.report import figure_text
 from cotrr.ranker import artifact, model_files
-from cotrr.ranker.calibrators import Scored
 from experiments import loop
 from experiments.terminal import done, say, warn
 
@@ -98,8 +97,8 @@ def register(registry: Registry) -> None:
     loop.refuse_overlap(model, folder, table, data)
     lists = to_lists(table)
     say(f"sketching {lists.where.sum():,} candidates of {len(lists.query_id):,} queries")
-    scored = artifact.score(model, lists)
-    reference = sketches.sketch(lists, scored)
+    shoots = table["canonical_id"].to_numpy(zero_copy_only=False)
+    reference = sketches.sketch(lists, artifact.score(model, lists), shoots)
     made = card.build(model, passport, evaluation)
     texts = {"certificate.json": passport, "reference.json": reference, "card.json": made,
              **({"report.json": evaluation} if evaluation else {})}  # fmt: skip
@@ -107,7 +106,7 @@ def register(registry: Registry) -> None:
     content["card.md"] = card.markdown(made).encode()
     facts = {"description": FLAGS.description, "certificate": files.digest(passport),
              "config": model.config, "metrics": _metrics(evaluation),
-             "numpy_parity": _parity(scorer, scored, lists)}  # fmt: skip
+             "numpy_parity": _parity(scorer, model, lists)}  # fmt: skip
     version = registry.register(content, facts, _actor())
     say(f"{version.label} is {version.model}")
     there = f"--registry={FLAGS.registry} --name={FLAGS.name} --version={version.label}"
@@ -288,9 +287,9 @@ def _report(model: artifact.Model) -> dict[str, Any] | None:
     return found
 
 
-def _parity(scorer: Scorer, scored: Scored, lists: Lists) -> float:
-    """The largest difference between what NumPy and JAX score; raises InputError above PARITY."""
-    worst = largest_difference(scorer, scored, lists)
+def _parity(scorer: Scorer, model: artifact.Model, lists: Lists) -> float:
+    """The largest difference between the logits of NumPy and JAX; raises InputError above PARITY."""
+    worst = largest_difference(scorer, artifact.logits(model, lists), lists)
     if not worst <= PARITY:
         raise InputError(f"the NumPy scorer is off by {worst:.2g}, more than {PARITY:g}", file=FLAGS.model)
     return worst
@@ -310,7 +309,7 @@ def _tell_judgement(judgement: dict[str, Any]) -> None:
     incumbent = judgement["incumbent"]
     say(f"\nagainst {incumbent['label'] or 'no champion:'} {incumbent['system']}")
     say(f"  {'':<52} {'value':>9} {'bound':>9}")
-    number = lambda value: "" if value is None else f"{value:.0f}" if value > 1 else f"{value:+.4f}"
+    number = lambda value: "" if value is None else f"{value:.0f}" if value >= 1 else f"{value:+.4f}"
     for check in judgement["checks"]:
         more = f"; {check['more_queries']} more would decide it" if check["more_queries"] else ""
         line = (f"  {check['verdict']:<5} {check['check']:<46} {number(check['value']):>9} "

@@ -18,7 +18,7 @@ from cotrr.data import certificate, labels
 from cotrr.data.lists import Lists, clusters
 from cotrr.deploy.policy import Limit, Policy
 from cotrr.deploy.registry import Draft, Event, Registry, State, Version
-from cotrr.deploy.scorer import Scorer, score_list
+from cotrr.deploy.scorer import Scorer, of_list
 from cotrr.errors import InputError
 from cotrr.evaluate import acceptance, figures, intervals, probabilities, ranking, systems
 from cotrr.evaluate.comparisons import holm
@@ -377,7 +377,7 @@ def judge_limit(limit: Limit, figure: Figure | None) -> Check:
 def _figures(engine: Engine, contest: Contest, ours: dict, scored: Scored) -> dict[str, Figure]:
     """The candidate's own figures by name."""
     conflict = probabilities.conflicts(engine, {"candidate": scored.p_conflict}, contest.lists)
-    one = lambda q: score_list(contest.scorer, contest.lists, q)
+    one = lambda q: contest.scorer.score(*of_list(contest.lists, q))
     return {
         **_means(engine, ours, ranking.METRICS),
         "conflict_auc": conflict["auc"],

@@ -70,10 +70,12 @@ class Scorer:
         self._final, self._fitted = w["final"], contents.calibration
         self._domains = {name: i for i, name in enumerate(contents.vocabulary.domains)}
         self._tokens = {name: i for i, name in enumerate(contents.vocabulary.constraints)}
-        self._words = [_words(s, key) for key in range(s["word_key"].shape[1])]
         self._text_mean, self._text_axes = s["text_mean"], s["text_axes"]
-        self._image_mean = s["image_mean"][..., None]  # [L, d, 1]
+        # Images are centred once; what is left of each lane's own mean is small, so no digits cancel.
+        self._centre = s["image_mean"].mean(axis=0)
+        self._image_mean = (s["image_mean"] - self._centre)[..., None]  # [L, d, 1]
         self._image_axes = np.ascontiguousarray(s["image_axes"].transpose(0, 2, 1))  # [L, p, d]
+        self._words = [self._key(s, key) for key in range(s["word_key"].shape[1])]
         mask = mask_of(config).astype(np.float32)
         self._set_base(s, w["params/base_scale"], mask)
         self._set_weights(s, w, mask, config["hidden"])
@@ -119,6 +121,11 @@ class Scorer:
             of_query = w["params/query_hidden"] * query_gate[:, None]
             of_candidate = (w["params/candidate_hidden"] * size[..., None]).transpose(0, 2, 1)
             self._hidden = of_query, of_candidate, w["params/heads"].transpose(0, 2, 1)
+
+    def _key(self, s: dict[str, np.ndarray], key: int) -> Words:
+        place = np.flatnonzero(s["word_key"][0, key])
+        axes = s["word_axes"][:, place]  # [L, v, d]
+        return Words(place, axes.reshape(-1, axes.shape[2]), (axes @ self._image_mean).reshape(-1, 1))
 
     def score(self, query: Query, image: np.ndarray, attributes: np.ndarray) -> Scored:
         """Calibrated scores of n candidates: `image` [n, d] (NaN or d = 0: missing), `attributes` [n, A]."""
@@ -184,7 +191,7 @@ class Scorer:
         """The images, with those marked that are missing."""
         if image.shape[1] != self.image_dim:  # none is given, or the model knows none
             image = np.full((len(image), self.image_dim), np.nan, np.float32)
-        vectors = image.astype(np.float32, copy=False).T
+        vectors = (image.astype(np.float32, copy=False) - self._centre).T
         there = np.asarray(np.isfinite(vectors[:1]).all(axis=0))
         return Pictures(vectors, None) if there.all() else Pictures(np.where(there, vectors, 0), there)
 
@@ -226,28 +233,22 @@ class Seen(NamedTuple):
     matches: list[Match]
 
 
-def _words(s: dict[str, np.ndarray], key: int) -> Words:
-    place = np.flatnonzero(s["word_key"][0, key])
-    axes = s["word_axes"][:, place]  # [L, v, d]
-    offset = np.einsum("lvd,ld->lv", axes, s["image_mean"], dtype=np.float64)
-    return Words(place, axes.reshape(-1, axes.shape[2]), offset.reshape(-1, 1).astype(np.float32))
-
-
-def score_list(scorer: Scorer, lists: Lists, q: int) -> Scored:
-    """The scores of the candidates of one of the lists."""
+def of_list(lists: Lists, q: int) -> tuple[Query, np.ndarray, np.ndarray]:
+    """What `Scorer.score` takes, of one of the lists."""
     query, where = Query(lists.text[q], lists.domain[q], lists.constraints[q]), lists.where[q]
-    return scorer.score(query, lists.image[q][where], lists.attributes[q][where])
+    return query, lists.image[q][where], lists.attributes[q][where]
 
 
-def largest_difference(scorer: Scorer, scored: Scored, lists: Lists) -> float:
-    """Between the scores of lists [Q, n] and what the scorer says of each query, over all that it says."""
-    worst = 0.0
+def largest_difference(scorer: Scorer, logits: tuple[np.ndarray, np.ndarray], lists: Lists) -> float:
+    """Between the scorer's logits and those of `artifact.logits`, absolute below 1 and relative above.
+
+    What follows the logits is the same code for both.
+    """
+    worst, theirs = 0.0, np.stack(logits, axis=1)  # [L, 2, Q, n]
     for q, where in enumerate(lists.where):
-        found = score_list(scorer, lists, q)
-        for ours, theirs in zip(found, scored, strict=True):
-            apart = np.abs(ours - theirs[q][where])
-            both_undefined = np.isnan(ours) & np.isnan(theirs[q][where])
-            worst = max(worst, float(np.where(both_undefined, 0.0, apart).max(initial=0.0)))
+        wanted = theirs[:, :, q, where]
+        apart = np.abs(scorer.logits(*of_list(lists, q)) - wanted) / np.maximum(np.abs(wanted), 1)
+        worst = max(worst, float(apart.max(initial=0.0)))
     return worst
 
 

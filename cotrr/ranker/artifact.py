@@ -86,13 +86,19 @@ def score(model: Model, lists: Lists) -> Scored:
     """
     if not len(lists.query_id):
         return Scored(*(np.zeros(lists.where.shape) for _ in Scored._fields))
+    rank, conflict = logits(model, lists)
+    _check_finite(lists, rank, conflict)
+    return conclude(model.calibration, rank, conflict, model.final, lists.where)
+
+
+def logits(model: Model, lists: Lists) -> tuple[np.ndarray, np.ndarray]:
+    """[L, Q, n] rank and conflict logits of each lane, before any calibration."""
     encoded = encode(model, lists)
     scores = lane_scores(
         model.params, model.statistics, encoded, mask_of(model.config), hidden=model.config["hidden"]
     )
     rank, conflict = (np.asarray(part, np.float64) for part in scores)
-    _check_finite(lists, rank, conflict)
-    return conclude(model.calibration, rank, conflict, model.final, lists.where)
+    return rank, conflict
 
 
 def encode(model: Model, lists: Lists) -> Encoded:

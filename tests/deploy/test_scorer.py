@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from cotrr.deploy import scorer as scorer_module
-from cotrr.deploy.scorer import Query, Scorer
+from cotrr.deploy.scorer import Query, Scorer, of_list
 from cotrr.ranker import artifact, model_files
 from tests.ranker.test_artifact import LISTS, make_model
 
@@ -20,7 +20,12 @@ def both(model, folder):
 
 
 def largest_difference(model, scorer, lists):
-    return scorer_module.largest_difference(scorer, artifact.score(model, lists), lists)
+    """Of the logits of every lane; and nothing that follows from them is far off either."""
+    wanted = artifact.score(model, lists)
+    for q, where in enumerate(lists.where):
+        for ours, theirs in zip(scorer.score(*of_list(lists, q)), wanted, strict=True):
+            np.testing.assert_allclose(ours, theirs[q][where], atol=LARGEST)
+    return scorer_module.largest_difference(scorer, artifact.logits(model, lists), lists)
 
 
 def holes(lists, share):
