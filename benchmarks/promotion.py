@@ -6,18 +6,27 @@ Every data set is new and its truth known.  A line gives a share of the data set
 errors of it.
 """
 
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import numpy as np
 from absl import flags
+from scipy import stats
 from scipy.special import ndtr
 
 from cotrr import files
 from cotrr.config import launch
-from cotrr.deploy import gate, sequences
+from cotrr.data import runs
+from cotrr.data.lists import Lists, to_lists
+from cotrr.data.simulator import Simulation, write_run
+from cotrr.deploy import canary, gate, sequences, sketches
+from cotrr.deploy.canary import CanaryPolicy
 from cotrr.evaluate import figures
+from cotrr.ranker import encoding
+from cotrr.ranker.calibrators import Scored
 from experiments.terminal import say
 
 FLAGS = flags.FLAGS
@@ -36,7 +45,7 @@ def define_flags() -> None:
 def main() -> None:
     """Runs every case and prints its lines."""
     trials, rows, start = 200 if FLAGS.quick else FLAGS.trials, {}, time.monotonic()
-    cases = (false_promotions, power, many_looks, sample_ratio)
+    cases = (false_promotions, power, many_looks, sample_ratio, slow_requests, drift)
     for case in cases:
         found = case(trials)
         say(f"{case.__doc__}  ({time.monotonic() - start:.0f} s)")
@@ -155,6 +164,58 @@ def sample_ratio(trials: int) -> Shares:
         p = sequences.sample_ratio(counts, (0.5, 0.5))
         found[f"{name}: Dirichlet-multinomial"] = _listed((p < 0.01).any(axis=1))
     return found
+
+
+def slow_requests(trials: int) -> Shares:
+    """Canaries that find 2 % of the requests 8 times slower; log-normal latencies below the budget."""
+    found: Shares = {}
+    policy, alarms = CanaryPolicy(name="benchmark"), ("warning", "critical")
+    rng = np.random.default_rng(0)
+    for count in (500, 1000, 2000, 4000):
+        for name, factor in ((f"{count} requests on each side: as before", 1), (f"{count}: 2 % slower", 8)):
+            for _ in range(trials // 4):
+                before, now = 0.1 * np.exp(0.25 * rng.normal(size=(2, count)))
+                now = now * np.where(rng.random(count) < 0.02, factor, 1)
+                checks = canary.latency_checks(now, before, policy)
+                alarm = any(check.verdict in alarms for check in checks)
+                means = stats.mannwhitneyu(now, before, alternative="greater").pvalue < 0.05
+                found.setdefault(f"{name}: the canary", []).append(alarm)
+                found.setdefault(f"{name}: Mann-Whitney", []).append(bool(means))
+    return found
+
+
+RUN: dict[str, Any] = {"queries": 100, "candidates": 30, "pictures": 600}
+DRIFTS: dict[str, dict[str, Any]] = {"another run of the same kind": {}, "brightness +0.1": {"brightness_shift": 0.1},
+          "colour cast of 25": {"color_cast": 25.0}, "15 % of the values lost": {"missing_rate": 0.15},
+          "a detector that errs twice as often": {"detector_error": 0.2}}  # fmt: skip
+
+
+def drift(trials: int) -> Shares:
+    """Canaries that raise an alarm on simulated runs of 100 queries x 30; the scores are Step 4's own."""
+    found: Shares = {}
+    policy = CanaryPolicy(name="benchmark")
+    for number in range(trials // 40):
+        lists, scored, shoots = _simulated(2 * number)
+        reference = msgspec.convert(sketches.sketch(lists, scored, shoots), sketches.Reference)
+        for name, change in DRIFTS.items():
+            lists, scored, _ = _simulated(2 * number + 1, **change)
+            checks = canary.drift_checks(reference, lists, scored, policy)
+            checks += canary.ranking_checks(lists, scored, None, policy)
+            alarm = any(check.verdict in ("warning", "critical") for check in checks)
+            found.setdefault(name, []).append(alarm)
+    return found
+
+
+def _simulated(seed: int, **change: Any) -> tuple[Lists, Scored, np.ndarray]:
+    """Lists of a simulated run, Step 4's scores of them, and the shoot of each row."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_run(Simulation(seed=seed, **RUN, **change), folder)
+        table = runs.read_run(folder).table
+    lists = to_lists(table)
+    of = lambda name: np.nan_to_num(lists.attributes[..., encoding.NAMES.index(name)])
+    score, conflict = of("compliance_score"), of("conflict_prob")
+    scored = Scored(score, np.zeros_like(score), score, score, conflict, np.nan_to_num(lists.dual_score))
+    return lists, scored, table["canonical_id"].to_numpy(zero_copy_only=False)
 
 
 def _listed(happened: Any) -> list[bool]:
