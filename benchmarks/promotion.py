@@ -185,9 +185,13 @@ def slow_requests(trials: int) -> Shares:
 
 
 RUN: dict[str, Any] = {"queries": 100, "candidates": 30, "pictures": 600}
-DRIFTS: dict[str, dict[str, Any]] = {"another run of the same kind": {}, "brightness +0.1": {"brightness_shift": 0.1},
-          "colour cast of 25": {"color_cast": 25.0}, "15 % of the values lost": {"missing_rate": 0.15},
-          "a detector that errs twice as often": {"detector_error": 0.2}}  # fmt: skip
+DRIFTS: dict[str, dict[str, Any]] = {
+    "another run of the same kind": {},
+    "brightness +0.1": {"brightness_shift": 0.1},
+    "colour cast of 25": {"color_cast": 25.0},
+    "15 % of the values lost": {"missing_rate": 0.15},
+    "a detector that errs twice as often": {"detector_error": 0.2},
+}
 
 
 def drift(trials: int) -> Shares:

@@ -17,8 +17,10 @@ from absl import flags
 from cotrr import files
 from cotrr.config import launch
 from cotrr.deploy import governance, policy
-from cotrr.deploy.governance import OF_REGISTRY, OF_RUN, RULES, Breach, Data
+from cotrr.deploy.governance import Data
+from cotrr.deploy.quotas import Quotas, check_run, read_sights
 from cotrr.deploy.registry import Registry
+from cotrr.deploy.rules import OF_REGISTRY, OF_RUN, RULES, Breach, unchecked
 from cotrr.deploy.store import open_store
 from cotrr.errors import InputError
 from cotrr.evaluate.report import plain
@@ -52,10 +54,10 @@ def main() -> None:
         raise InputError(f"--waive={','.join(strange)}: no such rule", remedy=f"Rules: {', '.join(RULES)}")
     if not (FLAGS.model or FLAGS.registry):
         raise InputError("give --model, --registry or both")
-    quotas = policy.read(FLAGS.policy, governance.Quotas)
+    wanted = policy.read(FLAGS.policy, Quotas)
     registry = Registry(open_store(FLAGS.registry), FLAGS.name) if FLAGS.registry else None
     data, found = governance.read_data(FLAGS.data)
-    found += governance.check_data(data) + _check_run(data, quotas) + _check_models(data, registry)
+    found += governance.check_data(data) + _check_run(data, wanted) + _check_models(data, registry)
     if registry:
         found += governance.check_registry(registry, data, FLAGS.policies)
     result = _result(found, waived, {*RULES} - ({*OF_REGISTRY} if not registry else set()))
@@ -63,14 +65,14 @@ def main() -> None:
     sys.exit(0 if result["passed"] else 1)
 
 
-def _check_run(data: Data, quotas: governance.Quotas) -> list[Breach]:
+def _check_run(data: Data, wanted: Quotas) -> list[Breach]:
     """The rules about the run that the data were made of; unchecked where it is not there any more."""
     run = FLAGS.run or data.passport["input"].get("input")
     if not FLAGS.run and not (run and pathlib.Path(run).exists()):
-        return governance.unchecked(OF_RUN, data.folder, "the run is not there; name it by --run")
-    earlier = governance.read_sights(FLAGS.previous) if FLAGS.previous else []
+        return unchecked(OF_RUN, data.folder, "the run is not there; name it by --run")
+    earlier = read_sights(FLAGS.previous) if FLAGS.previous else []
     found = governance.check_origin(run, data)
-    return found + governance.check_run(run, governance.read_sights(run), earlier, quotas)
+    return found + check_run(run, read_sights(run), earlier, wanted)
 
 
 def _check_models(data: Data, registry: Registry | None) -> list[Breach]:
@@ -80,11 +82,11 @@ def _check_models(data: Data, registry: Registry | None) -> list[Breach]:
     try:
         subjects = _registered(registry, model) if registry else {}
     except InputError as error:  # check_registry says what is broken
-        subjects, found = {}, governance.unchecked(["learned_from_test"], FLAGS.registry, str(error))
+        subjects, found = {}, unchecked(["learned_from_test"], FLAGS.registry, str(error))
     if model and not subjects:
         subjects, found = {FLAGS.model: content}, found + governance.check_card(FLAGS.model, content)
     if not subjects:
-        found += governance.unchecked(["missing_card", "learned_from_test"], FLAGS.registry, "no version")
+        found += unchecked(["missing_card", "learned_from_test"], FLAGS.registry, "no version")
     for where, content in subjects.items():
         found += governance.check_model(where, content, data)
     return found
