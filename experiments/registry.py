@@ -319,7 +319,8 @@ def _tell_judgement(judgement: dict[str, Any]) -> None:
 
 
 def _tell_event(event: Event) -> None:
-    facts = " ".join(f"{key}={value}" for key, value in event.facts.items()
+    short = lambda value: value[:12] if isinstance(value, str) and len(value) == 64 else value  # hashes
+    facts = " ".join(f"{key}={short(value)}" for key, value in event.facts.items()
                      if isinstance(value, str | bool) and value)  # fmt: skip
     before = f" (live before: {event.champion or 'nothing'})" if event.kind in ("promote", "rollback") else ""
     say(f"{event.number:>4} {event.at[:19]}  {event.actor:<10} {event.kind:<9} {event.version or '-':<5}"
