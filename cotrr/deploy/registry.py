@@ -6,13 +6,14 @@
 
 An event is put if absent under the next number, so of several writers one wins and the others look
 again: what is live changes only if it is still what the writer had seen.  Aliases are derived, never
-stored.  The chain shows a change of any event but proves nothing of the newest ones unless its head,
-which `verify` prints, is kept elsewhere too.
+stored.  All JSON is canonical: each byte is one that a hash stands for.  The chain shows a change of any
+event but proves nothing of the newest ones unless its head, which `verify` prints, is kept elsewhere too.
 """
 
 import datetime
 import hashlib
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import msgspec
@@ -20,13 +21,15 @@ import msgspec
 from cotrr import files
 from cotrr.deploy.store import NAME, Store
 from cotrr.errors import InputError
-from cotrr.ranker import artifact
+from cotrr.ranker import model_files
 
 Kind = Literal["register", "import", "alias", "adopt", "judge", "promote", "rollback", "canary"]
 ALIASES = ("champion", "challenger", "shadow")
-EVENT_LIMIT, MANIFEST_LIMIT, EVIDENCE_LIMIT, FILE_LIMIT = 2**18, 2**20, 2**26, 2**29  # bytes
-FILES_LIMIT = 64  # of one version
+EVENT_LIMIT, MANIFEST_LIMIT, EVIDENCE_LIMIT = 2**18, 2**20, 2**26  # bytes
+FILES_LIMIT, VERSION_LIMIT = 64, 2**30  # files of a version, and bytes of all of them
 FORMAT = 1
+SHA256, LABEL = re.compile(r"[0-9a-f]{64}"), re.compile(r"v[0-9]+")
+EVENT = re.compile(r".*/events/[0-9]{8}\.json")
 
 
 class Draft(msgspec.Struct, frozen=True, kw_only=True):
@@ -44,13 +47,13 @@ class Event(Draft, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     number: int
     previous: str  # SHA-256 of the event before, "" for the first
-    at: str  # ISO 8601, UTC, never before the event before
+    at: str  # as `stamp` writes it, never before the event before
     champion: str  # what was live when it happened, "" for none
 
     @property
     def digest(self) -> str:
         """SHA-256 of the event's content."""
-        return hashlib.sha256(msgspec.json.encode(self, order="deterministic")).hexdigest()
+        return _sha256(_encode(self))
 
 
 class _Stored(msgspec.Struct, forbid_unknown_fields=True):
@@ -104,58 +107,82 @@ class State(NamedTuple):
         return self.aliases.get("champion", "")
 
     def version(self, name: str) -> Version:
-        """The version of a label, an alias, or a model's own version; raises InputError for others."""
-        label = self.aliases.get(name, name)
+        """The version of a label, an alias, or a model's own version; raises InputError for others.
+
+        A model of Step 4 may be called v2 or champion: here these names mean labels and aliases only.
+        """
+        label, ours = self.aliases.get(name, name), name in ALIASES or LABEL.fullmatch(name)
         for version in self.versions:
-            if label in (version.label, version.model):
+            if label == version.label or (name == version.model and not ours):
                 return version
         known = ", ".join([*(v.label for v in self.versions), *self.aliases]) or "none yet"
         raise InputError(f"no version {name!r}", remedy=f"Known are: {known}")
 
     def step(self, event: Event) -> "State":
         """The state after one more event; raises InputError for one that cannot follow."""
-        last = self.events[-1] if self.events else None
+        last, label = self.events[-1] if self.events else None, event.version
         if event.number != len(self.events) + 1 or event.previous != self.head:
             raise InputError(f"event {event.number} does not follow event {len(self.events)}")
-        if event.champion != self.champion or (last and event.at < last.at):
+        if event.champion != self.champion or not _is_stamp(event.at) or (last and event.at < last.at):
             raise InputError(f"event {event.number} contradicts the log before it")
+        if not event.actor.isprintable():
+            raise InputError(f"event {event.number} has no printable actor")
         after = self._replace(events=(*self.events, event))
         if event.kind in ("register", "import"):
             return after._registered(event)
-        if event.version:
-            after.version(event.version)
-        live = lambda label: {**{k: v for k, v in self.aliases.items() if k != "champion"},
-                              **({"champion": label} if label else {})}  # fmt: skip
+        may_be_none = event.kind in ("alias", "adopt", "rollback")
+        if label not in [version.label for version in self.versions] and (label or not may_be_none):
+            raise InputError(f"event {event.number} is about {label!r}, which is no version")
         match event.kind:
-            case "adopt" if event.version and after.version(event.version).folder:
-                raise InputError(f"event {event.number} adopts a version that is not Step 4's own")
-            case "promote" | "adopt":
-                return after._replace(aliases=live(event.version), past=(*self.past, self.champion))
-            case "rollback":
-                return after._replace(aliases=live(event.version), past=self._past_before(event.version))
+            case "promote" | "adopt" | "rollback":
+                return after._live(event)
             case "alias":
-                alias = _fact(event, "alias")
-                others = {k: v for k, v in self.aliases.items() if k != alias}
-                return after._replace(aliases=others | ({alias: event.version} if event.version else {}))
+                alias = _fact(event, "alias", str)
+                if alias not in ALIASES[1:]:
+                    raise InputError(f"event {event.number} sets {alias!r}, which is no alias to set")
+                return after._replace(aliases=self._with(alias, label))
             case "canary":
-                change = self.blocked.union if event.facts.get("blocks") else self.blocked.difference
-                return after._replace(blocked=change({event.version}))
+                change = self.blocked.union if _fact(event, "blocks", bool) else self.blocked.difference
+                return after._replace(blocked=change({label}))
             case _:
                 return after
 
-    def _past_before(self, label: str) -> tuple[str, ...]:
-        """The past of a version that was live, when it was; raises InputError for any other."""
-        if label not in self.past:
-            raise InputError(f"{label} is not among what was live before",
-                             remedy="A version goes live by `promote`")  # fmt: skip
-        return self.past[: len(self.past) - 1 - self.past[::-1].index(label)]
+    def _live(self, event: Event) -> "State":
+        """Another version live, or none; one from the past takes the past as it was then."""
+        label, past = event.version, (*self.past, self.champion)
+        ours = bool(label) and bool(self.version(label).folder)
+        if label == self.champion:
+            raise InputError(f"{label or 'nothing'} is live already")
+        if event.kind == "promote" and label in self.blocked:
+            raise InputError(f"a canary blocks {label}", remedy="It goes live after one that passes")
+        if (event.kind, ours) in (("promote", False), ("adopt", True)):
+            raise InputError(
+                f"{label or 'nothing'} is {'' if ours else 'not '}registered here: no {event.kind}"
+            )
+        if event.kind == "rollback":
+            if label not in self.past:
+                raise InputError(f"{label} is not among what was live before",
+                                 remedy="A version goes live by `promote`")  # fmt: skip
+            past = self.past[: len(self.past) - 1 - self.past[::-1].index(label)]
+        return self._replace(aliases=self._with("champion", label), past=past)
+
+    def _with(self, alias: str, label: str) -> dict[str, str]:
+        others = {name: other for name, other in self.aliases.items() if name != alias}
+        return others | ({alias: label} if label else {})
 
     def _registered(self, event: Event) -> "State":
-        """A further version; one that Step 4 had live is what a rollback goes back to."""
+        """A further version."""
+        model = _fact(event, "model", str)
+        manifest = _fact(event, "manifest", str) if event.kind == "register" else ""
         if event.version != f"v{len(self.versions) + 1}":
             raise InputError(f"event {event.number} registers {event.version!r} out of turn")
-        of = lambda name: _fact(event, name) if event.kind == "register" else ""
-        version = Version(event.version, _fact(event, "model"), of("folder"), of("manifest"), event)
+        if not (SHA256.fullmatch(manifest) or event.kind == "import"):
+            raise InputError(f"event {event.number} has no SHA-256", field="manifest")
+        if not model or not model.isprintable():
+            raise InputError(f"event {event.number} registers {model!r}, which is no name of a model")
+        if known := [version.label for version in self.versions if version.model == model]:
+            raise InputError(f"{model} is registered as {known[0]} already")
+        version = Version(event.version, model, manifest[:16], manifest, event)
         return self._replace(versions=(*self.versions, version))
 
 
@@ -171,8 +198,8 @@ class Registry:
 
     def state(self) -> State:
         """The state of the log; reads the events that are new since the last call."""
-        while (event := self._event(len(self._state.events) + 1)) is not None:
-            self._state = self._state.step(event)
+        while self._read_on() or self._is_gap():
+            pass
         return self._state
 
     def append(self, draft: Callable[[State], Draft]) -> Event:
@@ -185,116 +212,114 @@ class Registry:
             wanted = draft(state)
             last = state.events[-1].at if state.events else ""
             event = Event(
-                **msgspec.structs.asdict(wanted),
+                **msgspec.structs.asdict(wanted) | {"facts": _finite(wanted.facts)},
                 number=len(state.events) + 1,
                 previous=state.head,
                 at=max(self._clock(), last),
                 champion=state.champion,
             )
-            state.step(event)  # refused here rather than by every reader
-            stored = _Stored(event, event.digest)
-            if self.store.put(
-                self._event_key(event.number), msgspec.json.encode(stored, order="deterministic")
-            ):
+            key, data = self._event_key(event.number), _encode(_Stored(event, event.digest))
+            event = self._decode_event(key, data)  # as every reader will, to be refused here instead
+            state.step(event)
+            if self.store.put(key, data):
                 return event
 
     def register(self, content: Mapping[str, bytes], facts: Mapping[str, Any], actor: str) -> Version:
-        """Puts the files of a version, artifact.FILES among them, then the event that makes it one."""
-        model = artifact.parse(content, "--model")
-        listed = {name: File(len(data), hashlib.sha256(data).hexdigest()) for name, data in content.items()}
-        manifest = msgspec.json.encode(
-            Manifest(format=FORMAT, model=model.version, files=listed, facts=files.finite(facts)),
-            order="deterministic",
-        )
-        _check_manifest(msgspec.json.decode(manifest, type=Manifest))
-        digest = hashlib.sha256(manifest).hexdigest()
-        folder = digest[:16]
+        """Puts the files of a version, model_files.FILES among them, then the event that makes it one."""
+        model = model_files.parse(content, "--model").facts["version"]
+        listed = {name: File(len(data), _sha256(data)) for name, data in content.items()}
+        manifest = _encode(Manifest(format=FORMAT, model=model, files=listed,
+                                    facts=_finite(facts)))  # fmt: skip
+        digest = _sha256(manifest)
+        folder = f"versions/{digest[:16]}"
+        _check_manifest(self._decode(manifest, f"{folder}/manifest.json", Manifest, MANIFEST_LIMIT))
 
         def draft(state: State) -> Draft:
-            if known := [v.label for v in state.versions if v.model == model.version]:
-                raise InputError(f"{model.version} is registered as {known[0]} already")
+            if known := [v.label for v in state.versions if v.model == model]:
+                raise InputError(f"{model} is registered as {known[0]} already")
             return Draft(kind="register", actor=actor, version=f"v{len(state.versions) + 1}",
-                         facts={"model": model.version, "folder": folder, "manifest": digest})  # fmt: skip
+                         facts={"model": model, "manifest": digest})  # fmt: skip
 
         draft(self.state())
         for name, data in {**content, "manifest.json": manifest}.items():
-            self._put(f"versions/{folder}/{name}", data)
+            self._put(f"{folder}/{name}", data)
         return self.state_after(self.append(draft)).versions[-1]
 
     def state_after(self, event: Event) -> State:
         """The state just after an event, whatever has come since."""
-        state = State()
-        for past in self.state().events[: event.number]:
-            state = state.step(past)
-        return state
+        return _replay(self.state().events[: event.number])
 
     def put_evidence(self, value: Any) -> str:
-        """Keeps a decision's grounds as canonical JSON; returns their SHA-256."""
-        data = msgspec.json.encode(files.finite(value), order="deterministic")
-        digest = hashlib.sha256(data).hexdigest()
-        self._put(f"evidence/{digest}.json", data)
+        """Keeps a decision's grounds as JSON; returns their SHA-256."""
+        data = _encode(_finite(value))
+        digest = _sha256(data)
+        path = f"evidence/{digest}.json"
+        self._decode(data, path, Any, EVIDENCE_LIMIT)
+        self._put(path, data)
         return digest
 
     def evidence(self, digest: str) -> Any:
         """What was kept under a SHA-256; raises InputError where it is missing or changed."""
-        data = self._get(f"evidence/{digest}.json", EVIDENCE_LIMIT)
-        if hashlib.sha256(data).hexdigest() != digest:
-            raise InputError("changed since it was written", file=self._key(f"evidence/{digest}.json"))
-        return self._decode(data, f"evidence/{digest}.json", Any)
+        return self._verified(f"evidence/{digest}.json", digest, Any, EVIDENCE_LIMIT)
 
     def manifest(self, version: Version) -> Manifest:
         """The manifest of a version, verified."""
-        path = f"versions/{version.folder}/manifest.json"
         if not version.folder:
             raise InputError(f"{version.label} is Step 4's own {version.model}: its files are not here")
-        data = self._get(path, MANIFEST_LIMIT)
-        if hashlib.sha256(data).hexdigest() != version.manifest:
-            raise InputError("changed since it was registered", file=self._key(path))
-        return _check_manifest(self._decode(data, path, Manifest))
+        path = f"versions/{version.folder}/manifest.json"
+        manifest = _check_manifest(self._verified(path, version.manifest, Manifest, MANIFEST_LIMIT))
+        if manifest.model != version.model:
+            raise InputError(f"is about {manifest.model!r}, not {version.model}", file=self._key(path))
+        return manifest
 
     def files(self, version: Version) -> dict[str, bytes]:
         """All files of a version; raises InputError unless they are exactly those it was registered with."""
         manifest, prefix = self.manifest(version), f"versions/{version.folder}"
         there = {key.removeprefix(self._key(prefix) + "/") for key in self.store.keys(self._key(prefix))}
-        if there != {*manifest.files, "manifest.json"}:
-            odd = ", ".join(sorted(there ^ {*manifest.files, "manifest.json"}))
-            raise InputError(f"files are missing or too many: {odd}", file=self._key(prefix))
+        if odd := there ^ {*manifest.files, "manifest.json"}:
+            raise InputError(
+                f"files are missing or too many: {', '.join(sorted(odd))}", file=self._key(prefix)
+            )
         content = {}
         for name, file in manifest.files.items():
-            data = self._get(f"{prefix}/{name}", file.size)
-            if len(data) != file.size or hashlib.sha256(data).hexdigest() != file.sha256:
-                raise InputError("changed since it was registered", file=self._key(f"{prefix}/{name}"))
-            content[name] = data
+            content[name] = self._get(f"{prefix}/{name}", file.size)
+            if len(content[name]) != file.size or _sha256(content[name]) != file.sha256:
+                raise InputError("changed since it was written", file=self._key(f"{prefix}/{name}"))
         return content
 
-    def model(self, version: Version) -> artifact.Model:
-        """The model of a version, its files verified first."""
-        return artifact.parse(self.files(version), self._key(f"versions/{version.folder}"))
+    def contents(self, version: Version) -> model_files.Contents:
+        """The model of a version as its files hold it, verified first."""
+        folder = self._key(f"versions/{version.folder}")
+        found = model_files.parse(self.files(version), folder)
+        if found.facts["version"] != version.model:
+            raise InputError(f"is {found.facts['version']}, not {version.model}", file=folder)
+        return found
 
     def rollback(self, actor: str, to: str | None = None, reason: str = "") -> Event:
         """Makes the version before the champion live again, or version `to`; verifies its files first.
 
         A version of Step 4's own, or none at all, has no files here: Step 4 then serves as it did.
+        Raises InputError where another version goes live meanwhile, lest two go back by two.
         """
+        before = self.state().champion
 
         def draft(state: State) -> Draft:
-            if not state.champion:
+            if not before:
                 raise InputError("nothing is live, so there is nothing to roll back")
+            if state.champion != before:
+                raise InputError(f"meanwhile {state.champion or 'nothing'} is live, no longer {before}",
+                                 remedy="See what happened, then decide again")  # fmt: skip
             target = state.version(to).label if to else state.past[-1]
             if target and state.version(target).folder:
-                self.model(state.version(target))
+                self.contents(state.version(target))
             return Draft(kind="rollback", actor=actor, version=target, facts={"reason": reason})
 
         return self.append(draft)
 
     def live_at(self, moment: datetime.datetime) -> str:
         """The label of what was live at a moment; "" where nothing was."""
-        at, state = stamp(moment), State()
-        for event in self.state().events:
-            if event.at > at:
-                break
-            state = state.step(event)
-        return state.champion
+        at = stamp(moment)
+        return _replay(event for event in self.state().events if event.at <= at).champion
 
     def verify(self) -> tuple[list[str], list[str]]:
         """What is wrong, and what was merely noticed, after reading every byte there is."""
@@ -302,40 +327,53 @@ class Registry:
             keys = self.store.keys(self.name)
         except InputError as error:
             return [str(error)], []
-        fresh, problems, notes = Registry(self.store, self.name), list[str](), list[str]()
-        try:
-            state = fresh.state()
-        except InputError as error:
-            problems.append(str(error))
-            state = fresh._state
-        expected = {self._event_key(event.number) for event in state.events}
+        fresh, notes = Registry(self.store, self.name), list[str]()
+        problems = broken = _told(fresh.state)
+        state = fresh._state
         for version in state.versions:
             if version.folder:
-                problems += _told(lambda v=version: self.model(v))
-        for digest in sorted({d for event in state.events for d in event.evidence.values()}):
-            problems += _told(lambda d=digest: self.evidence(d))
+                problems = problems + _told(lambda v=version: self.contents(v))
+        kept = {key.split("/")[-1].removesuffix(".json") for key in keys if self._is_below("evidence", key)}
+        named = {digest for event in state.events for digest in event.evidence.values()}
+        for digest in sorted(kept | named):
+            problems = problems + _told(lambda d=digest: self.evidence(d))
         folders = tuple(self._key(f"versions/{v.folder}/") for v in state.versions if v.folder)
+        events = {self._event_key(event.number) for event in state.events}
         for key in keys:
-            if key in expected or key.startswith(folders):
+            if key in events or key.startswith(folders) or self._is_below("evidence", key):
                 continue
-            if key.startswith(self._key("versions/")):
+            if broken and (EVENT.fullmatch(key) or self._is_below("versions", key)):
+                continue  # what comes after a broken event was not read
+            if self._is_below("versions", key):
                 notes.append(f"{key}: of no version (its registration did not end)")
-            elif key.startswith(self._key("evidence/")):
-                digest = key.removeprefix(self._key("evidence/")).removesuffix(".json")
-                problems += _told(lambda d=digest: self.evidence(d))
             else:
-                problems.append(f"{key}: does not belong here")
-        return list(dict.fromkeys(problems)), notes
+                problems = [*problems, f"{key}: does not belong here"]
+        return problems, notes
 
-    def _event(self, number: int) -> Event | None:
-        key = self._event_key(number)
+    def _is_below(self, folder: str, key: str) -> bool:
+        return key.startswith(self._key(f"{folder}/"))
+
+    def _read_on(self) -> bool:
+        """Takes in the next event, if it is there."""
+        key = self._event_key(len(self._state.events) + 1)
         try:
             data = self.store.get(key, EVENT_LIMIT)
         except KeyError:
-            return None
-        stored = self._decode(data, key.removeprefix(self.name + "/"), _Stored)
-        # Canonical bytes: then every byte of the file is one that the hash stands for.
-        if stored.sha256 != stored.event.digest or msgspec.json.encode(stored, order="deterministic") != data:
+            return False
+        self._state = self._state.step(self._decode_event(key, data))
+        return True
+
+    def _is_gap(self) -> bool:
+        """Whether there are later events than the last one read: raises InputError if its next is gone."""
+        key = self._event_key(len(self._state.events) + 1)
+        later = [k for k in self.store.keys(self._key("events")) if EVENT.fullmatch(k) and k >= key]
+        if later and not self._read_on():  # were it still being written, none would be after it
+            raise InputError("missing, though there are later events", file=key)
+        return bool(later)
+
+    def _decode_event(self, key: str, data: bytes) -> Event:
+        stored = self._decode(data, key.removeprefix(self.name + "/"), _Stored, EVENT_LIMIT)
+        if stored.sha256 != stored.event.digest:
             raise InputError("changed since it was written", file=key)
         return stored.event
 
@@ -349,7 +387,7 @@ class Registry:
         """Puts what is named by its content: what is there already must be the same."""
         key = self._key(path)
         if not self.store.put(key, data) and self.store.get(key, len(data)) != data:
-            raise InputError("holds something else", file=key, remedy="See what `verify` says")
+            raise InputError("holds something else", file=key, remedy="Move it away, then do this again")
 
     def _get(self, path: str, limit: int) -> bytes:
         try:
@@ -357,16 +395,55 @@ class Registry:
         except KeyError:
             raise InputError("missing", file=self._key(path)) from None
 
-    def _decode(self, data: bytes, path: str, kind: Any) -> Any:
+    def _verified(self, path: str, digest: str, kind: Any, limit: int) -> Any:
+        data = self._get(path, limit)
+        if _sha256(data) != digest:
+            raise InputError("changed since it was written", file=self._key(path))
+        return self._decode(data, path, kind, limit)
+
+    def _decode(self, data: bytes, path: str, kind: Any, limit: int) -> Any:
+        if len(data) > limit:
+            raise InputError(f"larger than {limit:,} bytes", file=self._key(path))
         try:
-            return msgspec.json.decode(data, type=kind)
+            value = msgspec.json.decode(data, type=kind)
+            if _encode(value) == data:
+                return value
+            reason = "it is not canonical JSON"
         except (ValueError, RecursionError) as error:
-            raise InputError(f"not what belongs here: {error}", file=self._key(path)) from None
+            reason = str(error)
+        raise InputError(f"not what belongs here: {reason}", file=self._key(path))
 
 
-def _fact(event: Event, name: str) -> str:
+def _encode(value: Any) -> bytes:
+    """Canonical JSON; raises InputError for what JSON does not hold."""
+    try:
+        return msgspec.json.encode(value, order="deterministic")
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise InputError(f"cannot be kept as JSON: {error}") from None
+
+
+def _finite(value: Any) -> Any:
+    """`files.finite`, which ends at half the depth that readers reach, whatever calls them."""
+    try:
+        return files.finite(value)
+    except RecursionError:
+        raise InputError("cannot be kept as JSON: nested too deeply") from None
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _replay(events: Iterable[Event]) -> State:
+    state = State()
+    for event in events:
+        state = state.step(event)
+    return state
+
+
+def _fact(event: Event, name: str, kind: type) -> Any:
     value = event.facts.get(name)
-    if not isinstance(value, str):
+    if not isinstance(value, kind):
         raise InputError(f"event {event.number} lacks `{name}`", field=name)
     return value
 
@@ -376,17 +453,32 @@ def stamp(moment: datetime.datetime) -> str:
     return moment.astimezone(datetime.UTC).isoformat(timespec="microseconds")
 
 
+def _is_stamp(text: str) -> bool:
+    try:
+        return stamp(datetime.datetime.fromisoformat(text)) == text
+    except (ValueError, OverflowError):
+        return False
+
+
 def _now() -> str:
     return stamp(datetime.datetime.now(datetime.UTC))
 
 
 def _check_manifest(manifest: Manifest) -> Manifest:
-    names = [*manifest.files]
+    names, sizes = {*manifest.files}, [file.size for file in manifest.files.values()]
     bad = [name for name in names if not NAME.fullmatch(name) or name == "manifest.json"]
-    large = [name for name, file in manifest.files.items() if not 0 <= file.size <= FILE_LIMIT]
-    if manifest.format != FORMAT or bad or large or len(names) > FILES_LIMIT or {*artifact.FILES} - {*names}:
-        raise InputError(f"no manifest of a version: format {manifest.format}, {len(names)} files"
-                         + "".join(f", {name[:100]!r}" for name in bad + large))  # fmt: skip
+    if (
+        manifest.format != FORMAT
+        or bad
+        or min(sizes, default=0) < 0
+        or sum(sizes) > VERSION_LIMIT
+        or len(names) > FILES_LIMIT
+        or not names.issuperset(model_files.FILES)
+    ):
+        raise InputError(
+            f"no manifest of a version: format {manifest.format}, {len(names)} files of {sum(sizes):,} bytes"
+            + "".join(f", {name[:100]!r}" for name in bad)
+        )
     return manifest
 
 
