@@ -20,6 +20,7 @@ from absl import flags
 from cotrr import files
 from cotrr.config import launch
 from cotrr.deploy import ab
+from cotrr.deploy import experiment as online
 from cotrr.errors import InputError
 from cotrr.summaries import SummaryWriter
 from experiments.terminal import done, say, warn
@@ -50,9 +51,9 @@ def assign() -> None:
     _require("units")
     if pathlib.Path(FLAGS.output).resolve() == pathlib.Path(FLAGS.units).resolve():
         raise InputError("--output would replace --units", file=FLAGS.units)
-    experiment = ab.read_experiment(FLAGS.experiment)
+    experiment = online.read_experiment(FLAGS.experiment)
     units = _units(FLAGS.units)
-    variants = ab.variants(experiment, units)
+    variants = online.variants(experiment, units)
     with files.replacing(FLAGS.output) as temporary, open(temporary, "w") as out:
         for unit, variant in zip(units, variants, strict=True):
             line = {"experiment_id": experiment.experiment_id, "unit": unit, "variant": variant}
@@ -64,10 +65,10 @@ def assign() -> None:
 def analyze() -> None:
     """Reads the logs, judges, writes."""
     _require("exposures", "outcomes")
-    experiment = ab.read_experiment(FLAGS.experiment)
-    exposures = ab.read_exposures(FLAGS.exposures, experiment)
-    outcomes = ab.read_outcomes(FLAGS.outcomes, experiment)
-    before = ab.read_before(FLAGS.preperiod) if FLAGS.preperiod else None
+    experiment = online.read_experiment(FLAGS.experiment)
+    exposures = online.read_exposures(FLAGS.exposures, experiment)
+    outcomes = online.read_outcomes(FLAGS.outcomes, experiment)
+    before = online.read_before(FLAGS.preperiod) if FLAGS.preperiod else None
     analysis = ab.analyse(experiment, exposures, outcomes, before, datetime.datetime.now(datetime.UTC))
     inputs = {name: getattr(FLAGS, name) for name in ("experiment", "exposures", "outcomes", "preperiod")}
     result = analysis.result | {

@@ -101,10 +101,10 @@ def make_shadow(served: Reranker) -> "Shadow | None":
         return None
     if not (FLAGS.registry and FLAGS.shadow_experiment and FLAGS.shadow_log):
         raise InputError("a shadow needs --registry, --shadow_experiment and --shadow_log")
-    from cotrr.deploy import ab
+    from cotrr.deploy.experiment import read_experiment
     from cotrr.deploy.shadow import Shadow
 
-    experiment = ab.read_experiment(FLAGS.shadow_experiment)
+    experiment = read_experiment(FLAGS.shadow_experiment)
     candidate = load(FLAGS.registry, experiment.candidate_version)
     candidate.follow(FLAGS.refresh_seconds)
     return Shadow(served, candidate, experiment, FLAGS.shadow_log)

@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from cotrr.deploy import ab
+from cotrr.deploy import experiment as online
 from cotrr.deploy.reranker import Reranked, Reranker
 from cotrr.errors import InputError
 
@@ -37,7 +37,7 @@ class Job(NamedTuple):
 class Shadow:
     """Answers with `served`; `candidate` ranks behind its back, in one thread, and never holds it up."""
 
-    def __init__(self, served: Reranker, candidate: Reranker, experiment: ab.Experiment,
+    def __init__(self, served: Reranker, candidate: Reranker, experiment: online.Experiment,
                  log: str | pathlib.Path, room: int = ROOM):  # fmt: skip
         """Appends to `log`; raises InputError unless the experiment is in mode shadow."""
         if experiment.mode != "shadow":
@@ -111,7 +111,7 @@ class Shadow:
             if version not in (one.model_version, one.label):
                 return "other version"
         baseline, candidate = (list(map(str, one.order)) for one in (job.served, ranked))
-        line = ab.shadow_line(self._experiment, job.unit, job.request_id, job.at, baseline, candidate)
+        line = online.shadow_line(self._experiment, job.unit, job.request_id, job.at, baseline, candidate)
         if self._file.write(line) != len(line):
             raise OSError("a line was cut short")
         return "logged"

@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from cotrr import files
 from cotrr.deploy import ab, interleaving
+from cotrr.deploy import experiment as online
 from cotrr.errors import InputError
 
 few = settings(max_examples=150, deadline=None, derandomize=True, database=None)
@@ -31,8 +32,10 @@ STEP4 = {
 }  # fmt: skip
 
 
-def experiment(**fields) -> ab.Experiment:
-    return ab._decode(json.dumps(STEP4 | {"planned_units": 4000} | fields).encode(), ab.Experiment, "e.json")
+def experiment(**fields) -> online.Experiment:
+    return online._decode(
+        json.dumps(STEP4 | {"planned_units": 4000} | fields).encode(), online.Experiment, "e.json"
+    )
 
 
 def records(exp, units=4000, seed=0, requests=1, **rates):
@@ -42,15 +45,15 @@ def records(exp, units=4000, seed=0, requests=1, **rates):
     for i in range(units):
         for r in range(requests):
             at = START + datetime.timedelta(minutes=i + r / 10)
-            shown = ab.exposure(exp, f"u{i}", f"r{i}-{r}", at)
+            shown = online.exposure(exp, f"u{i}", f"r{i}-{r}", at)
             exposures.append(shown)
             for metric, pair in rates.items():
                 value = float(rng.random() < pair[shown.variant == "candidate"])
-                outcomes.append(ab.Outcome(
+                outcomes.append(online.Outcome(
                     experiment_id=exp.experiment_id, unit=f"u{i}", request_id=f"r{i}-{r}", at=at,
                     metric=metric, value=value,
                 ))  # fmt: skip
-    return ab.Log(exposures), ab.Log(outcomes)
+    return online.Log(exposures), online.Log(outcomes)
 
 
 def verdict(exp, exposures, outcomes, **more):
@@ -75,8 +78,8 @@ class TestExperiment:
         exp = experiment(
             promotion_criteria={"compliance_at_1": 0.03}, rollback_criteria={"compliance_at_1": -0.05}
         )
-        assert exp.promotion == [ab.Claim("compliance_at_1", False, True, 0.03)]
-        assert exp.rollback == [ab.Claim("compliance_at_1", False, False, -0.05)]
+        assert exp.promotion == [online.Claim("compliance_at_1", False, True, 0.03)]
+        assert exp.rollback == [online.Claim("compliance_at_1", False, False, -0.05)]
 
     @pytest.mark.parametrize(
         ("fields", "message"),
@@ -107,30 +110,32 @@ class TestExperiment:
 
     def test_no_nan(self):
         with pytest.raises(InputError, match="broken JSON"):
-            ab._decode(json.dumps(STEP4 | {"level": float("nan")}).encode(), ab.Experiment, "e.json")
+            online._decode(json.dumps(STEP4 | {"level": float("nan")}).encode(), online.Experiment, "e.json")
 
 
 class TestAssignment:
     def test_the_same_in_every_process(self):
         exp = experiment()
-        assert [ab.assign(exp, f"u{i}")[0] for i in range(12)] == list("cbbccbcbcbbb")
+        assert [online.assign(exp, f"u{i}")[0] for i in range(12)] == list("cbbccbcbcbbb")
         code = ("from tests.deploy.test_ab import *; e = experiment();"
-                "print(''.join(v[0] for v in ab.variants(e, [f'u{i}' for i in range(12)])))")  # fmt: skip
+                "print(''.join(v[0] for v in online.variants(e, [f'u{i}' for i in range(12)])))")  # fmt: skip
         found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
                                env=os.environ | {"PYTHONHASHSEED": "7"}, check=True)  # fmt: skip
         assert found.stdout.strip() == "cbbccbcbcbbb"
 
     @pytest.mark.parametrize("share", [0.5, 0.1])
     def test_shares(self, share):
-        got = ab.variants(experiment(candidate_share=share), [str(i) for i in range(20_000)])
+        got = online.variants(experiment(candidate_share=share), [str(i) for i in range(20_000)])
         assert got.count("candidate") / 20_000 == pytest.approx(share, abs=0.01)
 
     def test_salts_are_independent(self):
-        one, two = (np.array(ab.variants(experiment(salt=salt), map(str, range(10_000)))) for salt in "ab")
+        one, two = (
+            np.array(online.variants(experiment(salt=salt), map(str, range(10_000)))) for salt in "ab"
+        )
         assert (one == two).mean() == pytest.approx(0.5, abs=0.02)
 
     def test_modes(self):
-        assert ab.assign(experiment(mode="shadow"), "u") == "baseline"
+        assert online.assign(experiment(mode="shadow"), "u") == "baseline"
 
 
 class TestLogs:
@@ -139,15 +144,15 @@ class TestLogs:
                     "at": "2026-03-01T00:00:00Z", "variant": "baseline", "model_version": "v1"}  # fmt: skip
         return json.dumps(exposure | fields)
 
-    def read(self, tmp_path, *lines, of=ab.read_exposures):
+    def read(self, tmp_path, *lines, of=online.read_exposures):
         path = tmp_path / "lines.jsonl"
         path.write_text("".join(line + "\n" for line in lines))
         return of(path, experiment())
 
     def test_round_trip(self, tmp_path):
         exp = experiment()
-        made = ab.exposure(exp, "u1", "r1", START)
-        assert self.read(tmp_path, ab.to_line(made).decode().strip()).records == [made]
+        made = online.exposure(exp, "u1", "r1", START)
+        assert self.read(tmp_path, online.to_line(made).decode().strip()).records == [made]
 
     def test_repeated_lines_count_once(self, tmp_path):
         log = self.read(tmp_path, self.line(), "", self.line(), self.line(request_id="r2"))
@@ -174,21 +179,21 @@ class TestLogs:
     def test_outcomes_differ_by_metric_and_item(self, tmp_path):
         base = {"experiment_id": "cotrr-v2", "unit": "u1", "request_id": "r1", "at": "2026-03-01T00:00:00Z"}
         line = lambda **fields: json.dumps(base | {"metric": "m", "value": 1} | fields)
-        log = self.read(tmp_path, line(), line(metric="n"), line(item="a"), line(), of=ab.read_outcomes)
+        log = self.read(tmp_path, line(), line(metric="n"), line(item="a"), line(), of=online.read_outcomes)
         assert len(log.records) == 3 and log.duplicates == 1
         for bad in (line(value=0), line(metric="x", value="1"), line(metric="x", denominator=-1),
                     line(metric="x", denominator=1e-300),
                     line(metric="x").replace("1}", "NaN}"), line(metric="x", value=1e300)):  # fmt: skip
             with pytest.raises(InputError, match="line 2"):
-                self.read(tmp_path, line(), bad, of=ab.read_outcomes)
+                self.read(tmp_path, line(), bad, of=online.read_outcomes)
 
     def test_a_pre_period_has_one_value_a_unit(self, tmp_path):
         path = tmp_path / "before.jsonl"
         path.write_text('{"unit": "a", "value": 1}\n{"unit": "b", "value": 2}\n')
-        assert ab.read_before(path) == {"a": 1, "b": 2}
+        assert online.read_before(path) == {"a": 1, "b": 2}
         path.write_text('{"unit": "a", "value": 1}\n{"unit": "a", "value": 2}\n')
         with pytest.raises(InputError, match="contradicts line 1"):
-            ab.read_before(path)
+            online.read_before(path)
 
     @few
     @given(st.data())
@@ -200,8 +205,8 @@ class TestLogs:
         )
         path = tmp_path_factory.getbasetemp() / "garbage.jsonl"
         path.write_bytes(whole[:cut] + noise + whole[cut + data.draw(st.integers(0, 4)) :])
-        for read in (ab.read_exposures, ab.read_outcomes, lambda path, _: ab.read_before(path),
-                     lambda path, _: ab.read_experiment(path)):  # fmt: skip
+        for read in (online.read_exposures, online.read_outcomes, lambda path, _: online.read_before(path),
+                     lambda path, _: online.read_experiment(path)):  # fmt: skip
             with contextlib.suppress(InputError):
                 read(path, experiment())
 
@@ -250,7 +255,7 @@ class TestVerdict:
 
     def test_no_data(self):
         for mode in ("ab", "shadow"):
-            result = verdict(experiment(mode=mode), ab.Log([]), ab.Log([]))
+            result = verdict(experiment(mode=mode), online.Log([]), online.Log([]))
             assert result["verdict"] == "continue"
         assert result["sample_ratio"]["p"] is None
 
@@ -270,7 +275,7 @@ class TestDoubt:
         exp = experiment()
         exposures, outcomes = records(exp, **GOOD)
         kept = [e for i, e in enumerate(exposures.records) if e.variant == "baseline" or i % 3]
-        result = verdict(exp, ab.Log(kept), outcomes)
+        result = verdict(exp, online.Log(kept), outcomes)
         assert (result["verdict"], result["status"]) == ("continue", "held")
         assert "sample ratio of all units" in result["reasons"][0]
         assert result["outcomes"]["unexposed"] > 0
@@ -281,7 +286,7 @@ class TestDoubt:
         arm = {e.unit: e.variant for e in exposures.records}
         kept = [o for i, o in enumerate(outcomes.records)
                 if o.metric == "conflict_rate" or arm[o.unit] == "baseline" or i % 6]  # fmt: skip
-        result = verdict(exp, exposures, ab.Log(kept))
+        result = verdict(exp, exposures, online.Log(kept))
         assert result["status"] == "held"
         assert "units with compliance_at_1" in result["reasons"][0]
 
@@ -290,9 +295,9 @@ class TestDoubt:
         exposures, outcomes = records(exp, **GOOD)
         last = exposures.records[-1]
         other = {"baseline": "candidate", "candidate": "baseline"}[last.variant]
-        exposures.records.append(ab.Exposure(
+        exposures.records.append(online.Exposure(
             experiment_id=exp.experiment_id, unit=last.unit, request_id="again", at=last.at,
-            variant=other, model_version=ab.version_of(exp, other)))  # fmt: skip
+            variant=other, model_version=online.version_of(exp, other)))  # fmt: skip
         result = verdict(exp, exposures, outcomes)
         assert result["status"] == "held" and result["exposures"]["crossed_units"] == 1
         assert result["reasons"] == ["broken assignment: 1 crossed units"]
@@ -315,7 +320,7 @@ class TestDoubt:
         exp = experiment()
         exposures, outcomes = records(exp, units=300, **GOOD)
         clean = verdict(exp, exposures, outcomes)
-        outcome = lambda **fields: ab.Outcome(**{
+        outcome = lambda **fields: online.Outcome(**{
             "experiment_id": exp.experiment_id, "unit": "u1", "request_id": "r1-0", "value": 1e6,
             "metric": "compliance_at_1", "at": START + datetime.timedelta(days=1)} | fields)  # fmt: skip
         outcomes.records.extend([
@@ -373,23 +378,23 @@ class TestUnits:
 class TestShadow:
     def test_line(self):
         exp = experiment(mode="shadow")
-        line = json.loads(ab.shadow_line(exp, "u", "r", START, list("abcd"), list("abxy"), k=3))
+        line = json.loads(online.shadow_line(exp, "u", "r", START, list("abcd"), list("abxy"), k=3))
         assert line["variant"] == "baseline" and line["model_version"] == "v1"
         assert line["shadow"] == {"model_version": "v2", "top_k": 3, "top_k_overlap": 2 / 3, "same_top": True}
         with pytest.raises(InputError, match="mode shadow"):
-            ab.shadow_line(exp, "u", "r", START, [], ["a"])
+            online.shadow_line(exp, "u", "r", START, [], ["a"])
         with pytest.raises(InputError, match="zone"):
-            ab.shadow_line(exp, "u", "r", START.replace(tzinfo=None), ["a"], ["a"])
+            online.shadow_line(exp, "u", "r", START.replace(tzinfo=None), ["a"], ["a"])
 
     def test_agreement_is_told_and_nothing_decided(self, tmp_path):
         exp = experiment(mode="shadow")
         path = tmp_path / "shadow.jsonl"
         rankings = [list("abcd"), list("bacd")]
         path.write_bytes(b"".join(
-            ab.shadow_line(exp, f"u{i}", f"r{i}", START, list("abcd"), rankings[i % 2], k=1)
+            online.shadow_line(exp, f"u{i}", f"r{i}", START, list("abcd"), rankings[i % 2], k=1)
             for i in range(500)
         ))  # fmt: skip
-        result = verdict(exp, ab.read_exposures(path, exp), ab.Log([]))
+        result = verdict(exp, online.read_exposures(path, exp), online.Log([]))
         assert result["shadow"] == {"requests": 500, "top_k_overlap": 0.5, "same_top": 0.5}
         assert result["verdict"] == "continue" and result["reasons"][0].startswith("shadow")
         assert result["status"] == "running"
@@ -403,17 +408,17 @@ class TestInterleaving:
         exposures, outcomes = [], []
         for i in range(1000):
             shown = interleaving.team_draft(list("abcd"), list("xyab"), exp.salt, f"r{i}", 4)
-            exposures.append(ab.exposure(exp, f"u{i}", f"r{i}", START, shown=shown))
+            exposures.append(online.exposure(exp, f"u{i}", f"r{i}", START, shown=shown))
             for item in (best, "not there") if i % 3 else ():
-                outcomes.append(ab.Outcome(
+                outcomes.append(online.Outcome(
                     experiment_id=exp.experiment_id, unit=f"u{i}", request_id=f"r{i}", at=START,
                     metric="click", value=1.0, item=item))  # fmt: skip
-        result = verdict(exp, ab.Log(exposures), ab.Log(outcomes))
+        result = verdict(exp, online.Log(exposures), online.Log(outcomes))
         assert result["verdict"] == expected
         assert result["metrics"]["interleaving"]["difference"]["n"] == 1000
         assert result["outcomes"]["not_shown"] >= 666
         exposures[0].teams[0] = {"baseline": "candidate", "candidate": "baseline"}[exposures[0].teams[0]]
-        doubted = verdict(exp, ab.Log(exposures), ab.Log(outcomes))
+        doubted = verdict(exp, online.Log(exposures), online.Log(outcomes))
         assert doubted["exposures"]["crossed_units"] == 1
 
 
@@ -432,11 +437,11 @@ class TestLauncher:
                  f"--output={tmp_path / 'assigned.jsonl'}")  # fmt: skip
         lines = [json.loads(line) for line in (tmp_path / "assigned.jsonl").read_text().splitlines()]
         assert [line["unit"] for line in lines] == [f"u{i}" for i in range(50)]
-        assert all(line["variant"] == ab.assign(exp, line["unit"]) for line in lines)
+        assert all(line["variant"] == online.assign(exp, line["unit"]) for line in lines)
 
         exposures, outcomes = records(exp, units=3000, **GOOD)
         for name, log in {"exposures": exposures, "outcomes": outcomes}.items():
-            (tmp_path / f"{name}.jsonl").write_bytes(b"".join(map(ab.to_line, log.records)))
+            (tmp_path / f"{name}.jsonl").write_bytes(b"".join(map(online.to_line, log.records)))
         arguments = [f"--{name}={tmp_path / name}.jsonl" for name in ("exposures", "outcomes")]
         output = tmp_path / "report"
         said = self.run("analyze", f"--experiment={tmp_path / 'e.json'}", *arguments, f"--output={output}")

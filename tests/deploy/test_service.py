@@ -19,8 +19,9 @@ import numpy as np
 import pytest
 
 from cotrr.data.contract import ATTRIBUTES
-from cotrr.deploy import Reranker, ab
+from cotrr.deploy import Reranker
 from cotrr.deploy import candidates as requests
+from cotrr.deploy import experiment as online
 from cotrr.deploy.registry import Draft
 from cotrr.deploy.service import (
     ARRAYS,
@@ -462,7 +463,7 @@ class TestProcess:
             arrays = requests.pack(QUERY, np.zeros((2, 0)), np.full((2, 18), 0.5), unit="u", request_id="r2")
             assert server.rerank(arrays, ARRAYS).label == "v1"
             wait_for(lambda: server.metrics()['cotrr_shadow_total{outcome="logged"}'] == 2)
-        exposures = ab.read_exposures(log, ab.read_experiment(tmp_path / "e.json")).records
+        exposures = online.read_exposures(log, online.read_experiment(tmp_path / "e.json")).records
         assert [(record.unit, record.request_id) for record in exposures] == [("u", "r"), ("u", "r2")]
         assert exposures[0].shadow.top_k_overlap == 1  # v2 differs from v1 in its name alone
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from cotrr.data.contract import ATTRIBUTES
-from cotrr.deploy import Reranker, ab
+from cotrr.deploy import Reranker
+from cotrr.deploy import experiment as online
 from cotrr.deploy.reranker import Serving
 from cotrr.deploy.shadow import Shadow
 from cotrr.errors import InputError
@@ -48,7 +49,7 @@ def start(tmp_path):
 
 
 def read(tmp_path):
-    return ab.read_exposures(tmp_path / "shadow.jsonl", EXPERIMENT).records
+    return online.read_exposures(tmp_path / "shadow.jsonl", EXPERIMENT).records
 
 
 def counted(shadow):
