@@ -28,8 +28,8 @@ from absl import flags
 from cotrr import files
 from cotrr.config import launch
 from cotrr.deploy import candidates as requests
+from cotrr.deploy.messages import ARRAYS, JSON
 from cotrr.deploy.registry import Draft, Registry
-from cotrr.deploy.service import ARRAYS, JSON
 from cotrr.deploy.store import LocalStore
 from cotrr.ranker import artifact, calibrators
 from cotrr.ranker.encoding import Vocabulary

@@ -25,8 +25,9 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 from absl import flags
 
 from cotrr.config import launch
+from cotrr.deploy.messages import Limits
 from cotrr.deploy.reranker import Reranker
-from cotrr.deploy.service import Limits, Service, run
+from cotrr.deploy.service import Service, run
 from cotrr.errors import InputError
 
 if TYPE_CHECKING:

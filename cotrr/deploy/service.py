@@ -6,25 +6,21 @@ by more processes.
 """
 
 import asyncio
-import bisect
 import collections
 import contextlib
-import html
 import http
-import inspect
-import os
-import pathlib
 import socket
 import time
-from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
-from msgspec import Meta
 
-from cotrr.data.contract import Share, Vector
 from cotrr.deploy import candidates as requests
-from cotrr.deploy.reranker import FALLBACKS, Reranked, Reranker
+from cotrr.deploy.messages import ARRAYS, JSON, PROBLEM, Body, Limits, Trouble
+from cotrr.deploy.metrics import Histogram, exposition
+from cotrr.deploy.openapi import docs, openapi
+from cotrr.deploy.reranker import Reranked, Reranker
 from cotrr.errors import InputError
 
 if TYPE_CHECKING:
@@ -32,62 +28,8 @@ if TYPE_CHECKING:
 
     from cotrr.deploy.shadow import Shadow
 
-JSON, ARRAYS, PROBLEM = "application/json", "application/vnd.cotrr.arrays", "application/problem+json"
-BUCKETS = (0.00025, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5)  # seconds; p95 is to be 1 ms
-ESCAPED = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})  # in the values of Prometheus' labels
 LINGER = 1.0  # seconds in which a refused body is still taken in, so that its sender reads the answer
 TOO_SLOW = b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
-
-
-class Limits(NamedTuple):
-    """What a request may cost."""
-
-    max_body: int = 8 * 2**20  # bytes
-    max_candidates: int = 1000
-    timeout_s: float = 10.0  # for the head of a request, and again for its body
-
-
-class Body(msgspec.Struct, forbid_unknown_fields=True):
-    """A request in JSON."""
-
-    query: dict[str, Any]
-    candidates: list[Any]  # checked one by one: a bad one is put behind and stops no other
-    top_m: requests.Count | None = None
-    request_id: str = ""
-    unit: str = ""
-
-
-class Result(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
-    """One candidate; the numbers are null where it was not scored."""
-
-    rerank_score: Share | None
-    rerank_std: Share | None
-    rerank_low: Share | None
-    rerank_high: Share | None
-    p_conflict: Share | None
-    rank: Annotated[int, Meta(ge=1)]
-    original_rank: Annotated[int, Meta(ge=1)]
-    model_version: str
-    id: str | None = None  # as the request states it
-    reason: str | None = None  # why it was put behind
-
-
-class Answer(msgspec.Struct):
-    """The candidates, best first; `fallback` is empty unless they are in their original order, and why."""
-
-    model_version: str
-    label: str
-    fallback: str
-    results: list[Result]
-
-
-class Trouble(msgspec.Struct):
-    """What is wrong with a request (RFC 9457)."""
-
-    status: int
-    title: str
-    detail: str
-    field: str | None = None
 
 
 class Refused(Exception):
@@ -362,167 +304,3 @@ def _protocol(timeout_s: float) -> Any:
 def _cancelled(timer: asyncio.TimerHandle | None) -> None:
     if timer:
         timer.cancel()
-
-
-class Histogram:
-    """How long requests took, by bucket."""
-
-    def __init__(self) -> None:
-        self.counts, self.total = [0] * (len(BUCKETS) + 1), 0.0
-
-    def add(self, seconds: float) -> None:
-        """One more request."""
-        self.counts[bisect.bisect_left(BUCKETS, seconds)] += 1
-        self.total += seconds
-
-
-def exposition(service: Service) -> str:
-    """The counters in Prometheus' text format, version 0.0.4."""
-    stats, serving = service.reranker.stats(), service.reranker.serving
-    outcomes = {"reranked": stats["reranked"]} | {kind: stats[f"fallback: {kind}"] for kind in FALLBACKS}
-    model = {"version": serving.version, "label": serving.label}
-    families = [
-        ("http_requests_total", "counter", "Responses by path and status.",
-         [({"path": path, "status": status}, count) for (path, status), count in service.replies.items()]),
-        ("requests_total", "counter", "Rankings by outcome; but for `reranked` in the original order.",
-         [({"outcome": outcome}, count) for outcome, count in outcomes.items()]),
-        ("candidates_total", "counter", "Candidates of all rankings.", [({}, stats["candidates"])]),
-        ("bad_candidates_total", "counter", "Candidates put behind.", [({}, stats["bad candidates"])]),
-        ("swaps_total", "counter", "Changes of what serves.", [({}, stats["swaps"])]),
-        ("model_info", "gauge", "What serves now.", [(model, 1)] if serving.scorer else []),
-        ("refresh_failing", "gauge", "1: what is live in the registry cannot be loaded.",
-         [({}, int(bool(service.reranker.trouble)))]),
-        ("resident_bytes", "gauge", "Resident memory.", [({}, resident())]),
-        ("shadow_total", "counter", "Requests for the shadow by what became of them.",
-         [({"outcome": name}, n) for name, n in (service.shadow.stats() if service.shadow else {}).items()]),
-    ]  # fmt: skip
-    lines = []
-    for name, kind, help, samples in families:
-        lines += [f"# HELP cotrr_{name} {help}", f"# TYPE cotrr_{name} {kind}"] if samples else []
-        lines += [f"cotrr_{name}{_labels(labels)} {value}" for labels, value in samples]
-    return "\n".join([*lines, *_histograms(service.seconds), ""])
-
-
-def _histograms(seconds: Mapping[str, Histogram]) -> list[str]:
-    name = "cotrr_rerank_seconds"
-    lines = [f"# HELP {name} From the body's last byte to the encoded answer.", f"# TYPE {name} histogram"]
-    for kind, histogram in seconds.items():
-        so_far = 0
-        for end, count in zip((*BUCKETS, "+Inf"), histogram.counts, strict=True):
-            so_far += count
-            lines.append(f"{name}_bucket{_labels({'body': kind, 'le': end})} {so_far}")
-        lines += [f"{name}_sum{_labels({'body': kind})} {histogram.total:.6f}",
-                  f"{name}_count{_labels({'body': kind})} {so_far}"]  # fmt: skip
-    return lines
-
-
-def _labels(labels: Mapping[str, object]) -> str:
-    inside = ",".join(f'{name}="{str(value).translate(ESCAPED)}"' for name, value in labels.items())
-    return f"{{{inside}}}" if inside else ""
-
-
-def resident() -> int:
-    """Bytes of this process in memory; 0 where the system does not say."""
-    try:
-        pages = pathlib.Path("/proc/self/statm").read_text().split()[1]
-    except OSError:
-        return 0
-    return int(pages) * os.sysconf("SC_PAGE_SIZE")
-
-
-def openapi(limits: Limits) -> dict[str, Any]:
-    """The API's description (OpenAPI 3.1), its schemas those of the contract."""
-    schemas = _schemas(limits)
-    refusals = {
-        "400": "Malformed: `field` names what is.",
-        "408": f"The body took longer than {limits.timeout_s:g} s.",
-        "413": f"The body is larger than {limits.max_body:,} bytes.",
-        "415": f"Neither {JSON} nor {ARRAYS}, or compressed.",
-        "422": f"More than {limits.max_candidates:,} candidates.",
-    }
-    said = {status: {"description": text, "content": {PROBLEM: {"schema": _reference("Trouble")}}}
-            for status, text in refusals.items()}  # fmt: skip
-    said["200"] = {"description": "The ranking.", "content": {JSON: {"schema": _reference("Answer")}}}
-    binary = {"type": "string", "format": "binary", "description": schemas["Head"]["description"]}
-    rerank = {
-        "summary": "The candidates of a query, best first.",
-        "description": "A bad candidate is put behind, with a reason.  A bad query, a deadline that passed "
-                       "or no model that serves give the original order, and `fallback` says why: 200 all "
-                       f"the same.  {ARRAYS} is JSON (Head), a newline, and little-endian float32 numbers.",
-        "requestBody": {"required": True, "content": {JSON: {"schema": _reference("Body")},
-                                                      ARRAYS: {"schema": binary}}},
-        "responses": dict(sorted(said.items())),
-    }  # fmt: skip
-    get = lambda summary, **responses: {"get": {"summary": summary, "responses": {
-        code.strip("_"): {"description": text} for code, text in responses.items()}}}  # fmt: skip
-    return {
-        "openapi": "3.1.0",
-        "info": {"title": "cotrr", "version": "1", "summary": "Reranks the candidates of a query."},
-        "paths": {
-            "/rerank": {"post": rerank},
-            "/healthz": get("Whether a model serves.", _200="Which one.", _503="None, or about to stop."),
-            "/metrics": get("Counters for Prometheus.", _200="Text format 0.0.4."),
-        },
-        "components": {"schemas": schemas},
-    }
-
-
-def _schemas(limits: Limits) -> dict[str, Any]:
-    """The schemas of what is sent and answered, by name."""
-    text, names = [("text_embedding", Vector | None, None)], ("id", "canonical_id")
-    query = msgspec.defstruct("Query", text, bases=(requests.Asked,))
-    more = [*((name, str | None, None) for name in names), ("image_embedding", Vector | None, None)]
-    candidate = msgspec.defstruct("Candidate", more, bases=(requests.Features,))
-    kinds = (Body, requests.Head, query, candidate, Answer, Trouble)
-    _, schemas = msgspec.json.schema_components(kinds, ref_template=_reference("{name}")["$ref"])
-    for schema in schemas.values():
-        schema["description"] = inspect.cleandoc(schema.get("description", ""))
-    for name in ("Body", "Head"):
-        schemas[name]["properties"]["query"] = _reference("Query")
-    many = {"type": "array", "items": _reference("Candidate"), "maxItems": limits.max_candidates}
-    schemas["Body"]["properties"]["candidates"] = many
-    return schemas
-
-
-def _reference(name: str) -> dict[str, str]:
-    return {"$ref": f"#/components/schemas/{name}"}
-
-
-def docs(limits: Limits) -> bytes:
-    """The same as a page that needs nothing from anywhere."""
-    api, text = openapi(limits), []
-    for path, methods in api["paths"].items():
-        for method, what in methods.items():
-            said = f"{what['summary']} {what.get('description', '')}"
-            text += [f"<h2>{method.upper()} {path}</h2><p>{_prose(said)}</p>"]
-            text += [_table((code, _prose(r["description"])) for code, r in what["responses"].items())]
-    for name, schema in api["components"]["schemas"].items():
-        rows = ((field, f"<code>{html.escape(_kind(kind))}</code>")
-                for field, kind in schema.get("properties", {}).items())  # fmt: skip
-        text += [f"<h2 id={name}>{name}</h2><p>{_prose(schema.get('description', ''))}</p>", _table(rows)]
-    return (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><title>cotrr</title><meta name="viewport" '
-        'content="width=device-width"><style>body{font:16px/1.5 system-ui;max-width:50rem;margin:2rem auto;'
-        "padding:0 1rem;color-scheme:light dark}td{padding:0 1rem .2rem 0;vertical-align:top}</style>"
-        f'<h1>cotrr</h1><p>As JSON: <a href="/openapi.json">/openapi.json</a></p>{"".join(text)}</html>'
-    ).encode()
-
-
-def _prose(text: str) -> str:
-    return html.escape(" ".join(text.split()))
-
-
-def _table(rows: Iterable[tuple[str, str]]) -> str:
-    return f"<table>{''.join(f'<tr><td>{name}</td><td>{what}</td></tr>' for name, what in rows)}</table>"
-
-
-def _kind(schema: Mapping[str, Any]) -> str:
-    """A schema in a few words."""
-    if "$ref" in schema:
-        return schema["$ref"].rsplit("/", 1)[-1]
-    if "anyOf" in schema:
-        return " | ".join(map(_kind, schema["anyOf"]))
-    if schema.get("type") == "array":
-        return f"[{_kind(schema.get('items') or {})}, …]"
-    ends = [f"{sign} {schema[end]:g}" for end, sign in (("minimum", "≥"), ("maximum", "≤")) if end in schema]
-    return " ".join([schema.get("type") or "any", *ends])

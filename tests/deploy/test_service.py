@@ -22,20 +22,12 @@ from cotrr.data.contract import ATTRIBUTES
 from cotrr.deploy import Reranker
 from cotrr.deploy import candidates as requests
 from cotrr.deploy import experiment as online
+from cotrr.deploy.messages import ARRAYS, JSON, PROBLEM, Answer, Limits
+from cotrr.deploy.metrics import Histogram, exposition
 from cotrr.deploy.registry import Draft
-from cotrr.deploy.service import (
-    ARRAYS,
-    JSON,
-    PROBLEM,
-    Answer,
-    Histogram,
-    Limits,
-    Service,
-    exposition,
-    run,
-)
+from cotrr.deploy.service import Service, run
 from cotrr.errors import InputError
-from tests.deploy.small import make_registry
+from tests.deploy.small import make_registry, promotion
 from tests.deploy.test_ab import STEP4
 from tests.deploy.test_reranker import LINES, QUERY, SCORER, wait_for
 
@@ -107,7 +99,7 @@ def talk(client, method, path, body=None, kind=JSON, **headers):
 @pytest.fixture(scope="module")
 def registry(tmp_path_factory):
     registry = make_registry(tmp_path_factory.mktemp("serve") / "registry", 2)
-    registry.append(lambda _: Draft(kind="promote", actor="t", version="v1"))
+    registry.append(lambda _: promotion(registry, "v1"))
     return registry
 
 
@@ -374,8 +366,8 @@ class TestFollowing:
 
 def move(registry, label):
     """Makes a version, or none, live."""
-    kind = "promote" if label else "rollback"
-    registry.append(lambda _: Draft(kind=kind, actor="t", version=label))
+    back = Draft(kind="rollback", actor="t", version="")
+    registry.append(lambda _: promotion(registry, label) if label else back)
 
 
 class TestDescription:
