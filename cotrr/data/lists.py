@@ -1,6 +1,8 @@
 """From a table of candidates to padded lists: one row of arrays per query."""
 
+import functools
 import json
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -8,7 +10,7 @@ import pyarrow as pa
 
 from cotrr.data.contract import ATTRIBUTES, constraint_tokens
 from cotrr.data.labels import GOLD, SILVER, numbers
-from cotrr.data.rows import embedding_matrix
+from cotrr.data.rows import embedding_parts
 from cotrr.data.splits import components
 from cotrr.errors import InputError
 
@@ -51,24 +53,21 @@ def to_lists(table: pa.Table, label: str | None = None) -> Lists:
     `label` keeps only "gold" or only "silver" labels; None keeps what there is.  A table without
     `y` (a run that was just read) gives unlabelled lists.
     """
-    ids = table["query_id"].to_numpy(zero_copy_only=False)
-    _, first, inverse = np.unique(ids, return_index=True, return_inverse=True)
-    order = np.argsort(first)  # queries by first appearance
-    query = np.argsort(order)[inverse]
-    first = first[order]
+    # Arrow numbers values in their order of appearance.
+    query = table["query_id"].combine_chunks().dictionary_encode().indices.to_numpy()
+    first = np.unique(query, return_index=True)[1]
     stated = lambda name: _first_stated(table[name].is_valid().to_numpy(), query, first)
     row = _pad_rows(query, len(first))
     where = row >= 0
     take = lambda values: np.where(where, values[row], np.nan).astype(np.float32)
     text = lambda name: table[name].take(stated(name)).to_numpy(zero_copy_only=False)
-    image, query_text = (_vectors(table, f"{name}_embedding") for name in ("image", "text"))
     return Lists(
-        query_id=ids[first],
+        query_id=table["query_id"].take(first).to_numpy(zero_copy_only=False),
         query=text("query"),
         domain=text("domain"),
-        constraints=tuple(constraint_tokens(json.loads(c or "{}")) for c in text("constraints")),
-        text=query_text[stated("text_embedding")],
-        image=np.where(where[..., None], image[row], np.nan),
+        constraints=tuple(map(_tokens(), text("constraints"))),
+        text=_gather(table, "text_embedding", stated("text_embedding")),
+        image=_gather(table, "image_embedding", row),
         attributes=np.stack([take(numbers(table, name)) for name in ATTRIBUTES], axis=-1),
         **{name: take(values) for name, values in _labels(table, label).items()},
         dual_score=take(numbers(table, "dual_score")),
@@ -108,6 +107,11 @@ def clusters(table: pa.Table, lists: Lists, column: str) -> np.ndarray | None:
     return np.array(found)
 
 
+def _tokens() -> Callable[[str | None], tuple[str, ...]]:
+    """The tokens of a JSON text of constraints; many queries have the same."""
+    return functools.cache(lambda text: constraint_tokens(json.loads(text or "{}")))
+
+
 def _pad_rows(query: np.ndarray, queries: int) -> np.ndarray:
     """[Q, n] row numbers of each query's candidates in table order, -1 behind them."""
     order = np.argsort(query, kind="stable")
@@ -127,11 +131,23 @@ def _first_stated(valid: np.ndarray, query: np.ndarray, first: np.ndarray) -> np
     return chosen
 
 
-def _vectors(table: pa.Table, name: str) -> np.ndarray:
-    """[N, d] embeddings; d is 0 where no line has one."""
+def _gather(table: pa.Table, name: str, row: np.ndarray) -> np.ndarray:
+    """[..., d] the embeddings of distinct rows [...], NaN for row -1; d is 0 where no line has one."""
     if table[name].null_count == len(table):
-        return np.zeros((len(table), 0), np.float32)
-    return embedding_matrix(table, name)
+        return np.zeros((*row.shape, 0), np.float32)
+    found = np.empty((row.size, table.schema.field(name).type.list_size), np.float32)
+    found[row.ravel() < 0] = np.nan
+    place = np.full(len(table) + 1, -1)
+    place[row.ravel()] = np.arange(row.size)  # what has no row falls on the last, which is none either
+    start = 0
+    for part in embedding_parts(table, name):  # each number is copied once: memory is what takes the time
+        to = place[start : start + len(part)]
+        start += len(part)
+        if (to >= 0).all():
+            found[to] = part
+        else:
+            found[to[to >= 0]] = part[to >= 0]
+    return found.reshape(*row.shape, -1)
 
 
 def _is_gold(table: pa.Table) -> np.ndarray:

@@ -2,19 +2,24 @@
 
 import base64
 import collections
-import gzip
+import functools
+import itertools
 import pathlib
-import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import msgspec
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from cotrr import files
+from cotrr import files, shards
+from cotrr.data import rows
 from cotrr.data.contract import ATTRIBUTES, Manifest
-from cotrr.data.rows import Line, Reader, explain, key_of
+from cotrr.data.rows import Line, Piece, explain, key_of
 from cotrr.errors import InputError
+
+PIECE = 2**24  # bytes of a shard that are read at once
+WORTH_WORKERS = 2**25  # bytes of a run above which another process saves more time than it costs
 
 
 class Run(NamedTuple):
@@ -109,21 +114,51 @@ def refuse_own_files(run: Run, outputs: Iterable[pathlib.Path]) -> None:
 def read_lines(run: Run, progress: Callable[[int], None] | None = None) -> Iterator[Line]:
     """Every non-blank line of the run, in order; `progress` gets the number of bytes of each."""
     for shard in run.shards:
-        opener = gzip.open if shard.suffix == ".gz" else open
         number = 0
         try:
-            with opener(shard, "rb") as stream:
-                for number, content in enumerate(stream, 1):
-                    if progress:
-                        progress(len(content))
-                    if not content.isspace():
-                        yield Line(str(shard), number, content)
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise InputError(
-                f"the gzip stream breaks after line {number} ({error})",
-                file=shard,
-                remedy="Copy the file again",
-            ) from None
+            for number, content in enumerate(rows.lines_of(_whole(shard)), 1):
+                if progress:
+                    progress(len(content))
+                if not content.isspace():
+                    yield Line(str(shard), number, content)
+        except rows.GZIP_ERRORS as error:
+            raise rows.broken_gzip(shard, number, error) from None
+
+
+def pieces(run: Run, size: int, *, whole_queries: bool = False) -> list[Piece]:
+    """The run cut into pieces of about `size` bytes, in order; a gzip shard is one piece.
+
+    With `whole_queries` a cut is made only where the next line belongs to another query.
+    """
+    found = []
+    for shard in map(_whole, run.shards):
+        step = max(shard.stop, 1) if shard.file.endswith(".gz") else size
+        cuts = list(range(step, shard.stop, step))
+        if whole_queries:
+            cuts = sorted({cut for cut in (_next_query(shard.file, at) for at in cuts) if cut < shard.stop})
+        found += itertools.starmap(
+            functools.partial(Piece, shard.file), itertools.pairwise([0, *cuts, shard.stop])
+        )
+    return found
+
+
+def _next_query(file: str, at: int) -> int:
+    """Where the first line behind a byte begins whose query is not that of the line before it."""
+    with open(file, "rb") as stream:
+        stream.seek(at - 1)
+        at += len(stream.readline()) - 1
+        query = None
+        for content in stream:
+            found = rows.query_of(content)
+            if query is not None and found not in (None, query):
+                return at
+            query = query or found
+            at += len(content)
+    return at
+
+
+def _whole(shard: pathlib.Path) -> Piece:
+    return Piece(str(shard), 0, shard.stat().st_size)
 
 
 def read_run(
@@ -132,65 +167,195 @@ def read_run(
     quarantine: pathlib.Path | None = None,
     keep_lines: bool = False,
     progress: Callable[[int], None] | None = None,
+    workers: int | None = None,
 ) -> Reading:
     """Reads a whole run, validated, as one Arrow table with a row per candidate.
 
     A bad line raises InputError, or with `quarantine` is written there with its reason and counted.
-    `keep_lines` adds the column `line_json`: the line as it came, without its embeddings.
+    `keep_lines` adds the column `line_json`: the line as it came, without its embeddings.  Large runs
+    are read by `workers` processes (unset: one a core), which changes nothing but the time.
     """
     run = find_run(path)
-    reader = Reader(run.manifest.embedding_dim if run.manifest else None, keep_lines)
-    bad: list[tuple[Line, InputError]] = []
-    for line in read_lines(run, progress):
-        try:
-            reader.add(line)
-        except InputError as error:
-            if quarantine is None:
-                raise
-            bad.append((line, error))
+    ledger = Ledger(run.manifest.embedding_dim if run.manifest else None, stop_at_bad=quarantine is None)
+    todo = pieces(run, PIECE)
+    if workers is None:
+        workers = shards.cores() if sum(p.stop - p.start for p in todo) >= WORTH_WORKERS else 1
+    with shards.local(min(workers, len(todo))) as runner:
+        blocks = runner(_reading(ledger.dim, keep_lines), todo)
+        for piece, block in zip(todo, blocks, strict=True):
+            if ledger.dim and block.dim not in (None, ledger.dim):  # it took its own first for the run's
+                block = rows.read_block(piece, ledger.dim, keep_lines)
+            ledger.add(piece, block)
+            if progress:
+                progress(piece.stop - piece.start)
     if quarantine is not None:
         quarantine.unlink(missing_ok=True)  # what an earlier reading put there is not this one's
-        if bad:
-            _write_quarantine(quarantine, bad)
-    if not reader.seen:
-        aside = f" ({len(bad)} lines in quarantine)" if bad else ""
+        if ledger.bad:
+            with files.replacing(quarantine) as temporary, open(temporary, "wb") as out:
+                out.writelines(quarantine_lines(ledger.bad))
+    if not ledger.seen:
+        aside = f" ({len(ledger.bad)} lines in quarantine)" if ledger.bad else ""
         raise InputError(f"the run has no candidates{aside}", file=run.path)
     if run.manifest:
-        _check_manifest(run, reader.seen.keys(), [line for line, _ in bad])
-    return Reading(reader.table(), _summarise(run, reader, bad, quarantine))
+        _check_manifest(run, ledger.seen.keys(), [line for line, _ in ledger.bad])
+    table = ledger.table()
+    return Reading(table, _summarise(run, table, ledger, quarantine))
 
 
-def _summarise(run: Run, reader: Reader, bad: list, quarantine: pathlib.Path | None) -> dict[str, Any]:
-    absent = [name for name, values in reader.columns.items()
-              if name in ATTRIBUTES and all(v is None for v in values)]  # fmt: skip
-    absent += [name for name, vectors in reader.vectors.items() if all(v is None for v in vectors)]
+def _reading(dim: int | None, keep_lines: bool) -> Callable[[Piece], rows.Block]:
+    return functools.partial(rows.read_block, dim=dim, keep_lines=keep_lines)
+
+
+class Ledger:
+    """Puts blocks together, in order, and checks what a line alone cannot show.
+
+    No two lines have one key, and what belongs to a query is the same wherever its lines state it.
+    """
+
+    def __init__(self, dim: int | None, stop_at_bad: bool, lines_before: int = 0):
+        self.dim = dim
+        self.seen: dict[tuple[str, str], tuple[str, int]] = {}  # file and line of each key
+        self.queries: dict[str, dict[str, tuple[int, Any]]] = {}  # facts, with the line that first has each
+        self.unknown: collections.Counter[str] = collections.Counter()
+        self.states_clip = False
+        self.bad: list[tuple[Line, InputError]] = []
+        self._stop_at_bad = stop_at_bad
+        self._lines: dict[str, int] = collections.defaultdict(lambda: lines_before)  # read, by shard
+        self._tables: list[pa.Table] = []
+
+    def add(self, piece: Piece, block: rows.Block) -> None:
+        """Takes the next block; raises InputError where it breaks off, or has a bad line to stop at."""
+        before = self._lines[piece.file]
+        self._lines[piece.file] += block.lines
+        self.dim = self.dim or block.dim
+        column = block.table.column_names.index("line")
+        table = block.table.set_column(column, "line", pc.add(block.table["line"], before))
+        wrong = self._disagreeing(piece.file, table, block)
+        bad = [(line._replace(number=line.number + before), _moved(error, before))
+               for line, error in block.bad]  # fmt: skip
+        if self._stop_at_bad and (bad or wrong):
+            raise min([*wrong.values(), *(error for _, error in bad)], key=lambda error: error.line or 0)
+        unknown, states_clip = block.unknown, block.states_clip
+        if wrong:
+            bad += _with_lines(piece, before, wrong.values())
+            good = [row not in wrong for row in range(len(table))]
+            table = table.filter(pa.array(good))
+            unknown = list(itertools.compress(unknown, good))
+            states_clip = list(itertools.compress(states_clip, good))
+        self.bad += sorted(bad, key=lambda pair: pair[0].number)
+        self.states_clip |= any(states_clip)
+        self.unknown.update(itertools.chain.from_iterable(unknown))
+        self._tables.append(table)
+        if block.end:
+            raise block.end
+
+    def table(self) -> pa.Table:
+        """All good rows."""
+        kind = pa.list_(pa.float32(), self.dim or 1)
+        for i, table in enumerate(self._tables):  # a block without embeddings did not know their length
+            for name in rows.EMBEDDINGS:
+                if table.schema.field(name).type != kind:
+                    at = table.column_names.index(name)
+                    self._tables[i] = table = table.set_column(at, name, pa.nulls(len(table), kind))
+        return pa.concat_tables(self._tables)
+
+    def _disagreeing(self, file: str, table: pa.Table, block: rows.Block) -> dict[int, InputError]:
+        """What is wrong with rows of a block, by row; the others are entered."""
+        wrong, verdicts = {}, dict[int, tuple[str, int] | None]()
+        keys = zip(*(table[name].to_pylist() for name in ("query_id", "id", "line")), strict=True)
+        for row, ((*key, line), fact) in enumerate(zip(keys, block.fact, strict=True)):
+            reason = field = None
+            if first := self.seen.get((key[0], key[1])):
+                reason, field = (
+                    f"({key[0]!r}, {key[1]!r}) was there already on {first[0]}, line {first[1]}",
+                    "id",
+                )
+            else:
+                if fact not in verdicts:
+                    verdicts[fact] = self._contradiction(block.facts[fact], line)
+                if verdict := verdicts[fact]:
+                    field, first = verdict
+                    reason = f"differs from what query {key[0]!r} had on line {first}"
+            if reason:
+                wrong[row] = InputError(reason, file=file, line=line, field=field, remedy=rows.FIX)
+            else:
+                self.seen[key[0], key[1]] = file, line
+        return wrong
+
+    def _contradiction(self, facts: rows.Facts, line: int) -> tuple[str, int] | None:
+        """The field in which a line differs from what was said of its query, and on which line."""
+        known = self.queries.setdefault(facts.query_id, {})
+        for field, value in facts._asdict().items():
+            first, said = known.setdefault(field, (line, value)) if value is not None else (line, None)
+            if said != value:
+                return field, first
+        return None
+
+
+def read_piece(piece: Piece, dim: int | None, stop_at_bad: bool) -> Ledger:
+    """A piece read by itself, with line numbers that count from the shard's first line.
+
+    All checks are made that `read_run` makes, within the piece.
+    """
+    block, trouble = rows.read_block(piece, dim, keep_lines=True), False
+    ledger = Ledger(dim, stop_at_bad)
+    try:
+        ledger.add(piece, block)
+    except InputError:
+        trouble = True
+    if trouble or ledger.bad:  # only then are the lines before it worth counting
+        ledger = Ledger(dim, stop_at_bad, rows.lines_before(piece))
+        ledger.add(piece, block)
+    return ledger
+
+
+def _moved(error: InputError, lines: int) -> InputError:
+    """The error of a line whose number counted from the piece's first, `lines` behind the shard's."""
+    number = (error.line or 0) + lines
+    return InputError(error.reason, file=error.file, line=number, field=error.field, remedy=rows.FIX)
+
+
+def _with_lines(piece: Piece, before: int, errors: Collection[InputError]) -> list[tuple[Line, InputError]]:
+    """Errors of good lines of a piece with those lines, which are read again: there are few."""
+    errors_at = {error.line: error for error in errors}
+    numbered = itertools.starmap(
+        functools.partial(Line, piece.file), enumerate(rows.lines_of(piece), before + 1)
+    )
+    wanted = (line for line in numbered if line.number in errors_at)
+    # No further than needed: behind them a gzip stream may break.
+    return [(line, errors_at[line.number]) for line in itertools.islice(wanted, len(errors_at))]
+
+
+def _summarise(run: Run, table: pa.Table, ledger: Ledger, quarantine: pathlib.Path | None) -> dict[str, Any]:
+    absent = {name for name in (*ATTRIBUTES, *rows.EMBEDDINGS) if table[name].null_count == len(table)}
+    absent |= set() if ledger.states_clip else {"clip_score"}
     return {
         "input": str(run.path),
         "shards": [shard.name for shard in run.shards],
         "manifest": msgspec.structs.asdict(run.manifest) | {"items_by_stage": {
             stage: len(items) for stage, items in run.manifest.items_by_stage.items()
         }} if run.manifest else None,
-        "rows": len(reader.seen),
-        "queries": len(reader.queries),
-        "embedding_dim": reader.dim,
-        "unknown_fields": dict(sorted(reader.unknown.items())),
+        "rows": len(table),
+        "queries": len(ledger.queries),
+        "embedding_dim": ledger.dim,
+        "unknown_fields": dict(sorted(ledger.unknown.items())),
         "absent_fields": sorted(absent),
-        "quarantined": len(bad),
-        "quarantine": str(quarantine) if bad else None,
+        "quarantined": len(ledger.bad),
+        "quarantine": str(quarantine) if ledger.bad else None,
     }  # fmt: skip
 
 
-def _write_quarantine(path: pathlib.Path, bad: list[tuple[Line, InputError]]) -> None:
-    with files.replacing(path) as temporary, open(temporary, "wb") as out:
-        for line, error in bad:
-            record: dict[str, Any] = {
-                "file": line.file, "line": line.number, "field": error.field, "reason": error.reason,
-            }  # fmt: skip
-            try:
-                record["content"] = line.content.decode().rstrip("\n")
-            except UnicodeDecodeError:
-                record["content_base64"] = base64.b64encode(line.content).decode()
-            out.write(msgspec.json.encode(record) + b"\n")
+def quarantine_lines(bad: list[tuple[Line, InputError]]) -> Iterator[bytes]:
+    """A JSON line for each bad line: where it was, what is wrong with it, and the line itself."""
+    for line, error in bad:
+        record: dict[str, Any] = {
+            "file": line.file, "line": line.number, "field": error.field, "reason": error.reason,
+        }  # fmt: skip
+        try:
+            record["content"] = line.content.decode().rstrip("\n")
+        except UnicodeDecodeError:
+            record["content_base64"] = base64.b64encode(line.content).decode()
+        yield msgspec.json.encode(record) + b"\n"
 
 
 def _check_manifest(run: Run, rows: Collection[tuple[str, str]], bad: list[Line]) -> None:

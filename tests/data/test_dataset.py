@@ -125,6 +125,37 @@ def test_near_duplicate_pictures_are_found(many, make):
     assert {one, other} <= set(result["near_duplicates"]["examples"][0].values())
 
 
+def test_what_was_looked_for_is_no_doubt(many, make):
+    assert certificate.unchecked(make(many)[1]) == []
+
+
+@pytest.mark.parametrize("blind", [("train", "validation", "test"), ("test",)])
+def test_pictures_without_an_embedding_are_not_compared(many, make, blind):
+    table, _ = make(many)
+    inside = table.filter(pa.compute.is_in(table["split"], pa.array(blind)))["canonical_id"].to_pylist()
+    for line in many:
+        if line["canonical_id"] in inside:
+            del line["image_embedding"]
+    _, result = make(many)
+    near = result["near_duplicates"]
+    assert near["pairs"] is None and near["why"].startswith("not looked for: no picture has an embedding")
+    assert certificate.leaks(result) == []
+    assert certificate.unchecked(result) == [f"near duplicates: {near['why']}"]
+    assert f"near duplicates: {near['why']}" in certificate.breaches(result)
+
+
+def test_what_a_certificate_does_not_tell_is_unchecked(many, make):
+    _, result = make(many)
+    result["overlap"]["canonical_id"].pop("train/test")
+    assert certificate.unchecked(result) == ["not counted: canonical_id in both train and test"]
+    assert len(certificate.unchecked(result | {"overlap": {}})) == 6
+    for near in ({"pairs": None}, {}):
+        found = certificate.unchecked(result | {"near_duplicates": near, "overlap": result["overlap"]})
+        assert found[-1] == "near duplicates: not looked for"
+    old = result | {"missing": result["missing"] | {"image_embedding": 1.0}}  # counted none, having seen none
+    assert "no picture has an embedding" in certificate.unchecked(old)[-1]
+
+
 def test_label_leakage_is_found(many, make):
     _, clean = make(many)
     assert clean["label_leakage"] == {}
