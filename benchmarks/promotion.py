@@ -22,7 +22,7 @@ from cotrr.config import launch
 from cotrr.data import runs
 from cotrr.data.lists import Lists, to_lists
 from cotrr.data.simulator import Simulation, write_run
-from cotrr.deploy import canary, gate, sequences, sketches
+from cotrr.deploy import canary, checks, sequences, sketches
 from cotrr.deploy.canary import CanaryPolicy
 from cotrr.evaluate import figures
 from cotrr.ranker import encoding
@@ -115,7 +115,7 @@ def _differences(draw: Draw, clusters: int, trials: int, mean: float) -> list[np
 
 def _passes(values: np.ndarray, unit: np.ndarray | None = None) -> bool:
     engine = figures.engine(len(values), 0, 1000, unit)
-    return gate.judge_gains(engine, [gate.Gain("", values, 0.0)], 0.95)[0].verdict == gate.PASS
+    return checks.judge_gains(engine, [checks.Gain("", values, 0.0)], 0.95)[0].verdict == checks.PASS
 
 
 LOOKS, DAILY = 199, 50  # units a look

@@ -31,7 +31,7 @@ from cotrr.deploy import candidates as requests
 from cotrr.deploy.messages import ARRAYS, JSON
 from cotrr.deploy.registry import Draft, Registry
 from cotrr.deploy.store import LocalStore
-from cotrr.ranker import artifact, calibrators
+from cotrr.ranker import artifact, calibrators, model_files
 from cotrr.ranker.encoding import Vocabulary
 from cotrr.ranker.features import Statistics
 from experiments.terminal import say
@@ -102,9 +102,13 @@ def phase(
 
 
 def swap(registry: Registry) -> None:
-    """Makes the other version live."""
-    other = lambda state: "v1" if state.champion == "v2" else "v2"
-    registry.append(lambda state: Draft(kind="promote", actor="benchmark", version=other(state)))
+    """Makes the other version the challenger, which is what is served: a champion would need evidence."""
+    other = lambda state: "v1" if state.aliases.get("challenger") == "v2" else "v2"
+    registry.append(lambda state: _challenger(other(state)))
+
+
+def _challenger(version: str) -> Draft:
+    return Draft(kind="alias", actor="benchmark", version=version, facts={"alias": "challenger"})
 
 
 class Answered(NamedTuple):
@@ -147,7 +151,7 @@ def ask(port: int, kind: str, body: bytes, every: float, due: float, end: float)
 @contextlib.contextmanager
 def serving(registry: str) -> Iterator[int]:
     """The port of a service that follows a registry; it must end with status 0."""
-    command = [sys.executable, "-m", "experiments.serve", f"--registry={registry}", "--port=0",
+    command = [sys.executable, "-m", "experiments.serve", f"--registry={registry}", "--version=challenger", "--port=0",
                "--refresh_seconds=0.2"]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
@@ -189,12 +193,12 @@ def make_bodies(rng: np.random.Generator, count: int) -> dict[str, bytes]:
 
 
 def make_registry(folder: pathlib.Path) -> Registry:
-    """A registry with two versions, the first live."""
+    """A registry with two versions, the first of them the challenger."""
     registry = Registry(LocalStore(folder / "registry"))
     for number in (1, 2):
         artifact.save(make_model(np.random.default_rng(number)), folder / f"model{number}")
-        registry.register(artifact.read_files(folder / f"model{number}"), {}, "benchmark")
-    registry.append(lambda _: Draft(kind="promote", actor="benchmark", version="v1"))
+        registry.register(model_files.read_files(folder / f"model{number}"), {}, "benchmark")
+    registry.append(lambda _: _challenger("v1"))
     return registry
 
 

@@ -65,6 +65,12 @@ def assign() -> None:
 def analyze() -> None:
     """Reads the logs, judges, writes."""
     _require("exposures", "outcomes")
+    output = pathlib.Path(FLAGS.output)
+    if (output / "experiment.json").resolve() == pathlib.Path(FLAGS.experiment).resolve():
+        raise InputError("--output would replace --experiment", file=FLAGS.experiment,
+                         remedy="Name another folder")  # fmt: skip
+    if (output / "config.json").exists():  # its TensorBoard logs would be replaced
+        raise InputError("this is a training folder", file=output, remedy="Name another --output")
     experiment = online.read_experiment(FLAGS.experiment)
     exposures = online.read_exposures(FLAGS.exposures, experiment)
     outcomes = online.read_outcomes(FLAGS.outcomes, experiment)
@@ -76,7 +82,6 @@ def analyze() -> None:
             name: {"file": path, "sha256": files.sha256(path)} for name, path in inputs.items() if path
         }
     }
-    output = pathlib.Path(FLAGS.output)
     files.write_json(output / "experiment.json", result)
     with files.replacing(output / "experiment.md") as temporary:
         temporary.write_text(summary(result))

@@ -151,7 +151,7 @@ def main() -> None:
 def _content() -> tuple[dict[str, bytes], str]:
     """The files of the model that the flags name, and where they are."""
     if FLAGS.model:
-        return artifact.read_files(FLAGS.model), FLAGS.model
+        return model_files.read_files(FLAGS.model), FLAGS.model
     registry = Registry(open_store(FLAGS.registry), FLAGS.name)
     version = registry.state().version(FLAGS.version)
     content = registry.files(version)  # verified

@@ -3,9 +3,11 @@ r"""Governance: exit status 0 where every rule holds, 1 with a list of breaches,
     python -m experiments.governance --data=data/cotrr --model=checkpoints/cotrr_lite_v1 \
         [--registry=registry] [--run=runs/latest] [--waive=photographers,broken_urls]
 
-All is measured again on the files themselves.  What cannot be told, such as who took the pictures of a
-run whose lines name nobody, is unchecked, and no pass unless --waive names the rule; a breach cannot
-be waived.  RULES in cotrr/deploy/governance.py say how each rule is read.
+Measured again on the files themselves are leakage, labels, quotas and the point values of a report about
+--data.  A report's intervals, tests and latencies, and what the gate once measured, are only compared
+with what rests on them.  What cannot be told, such as who took the pictures of a run whose lines name
+nobody, is unchecked, and no pass unless --waive names the rule; a breach cannot be waived.  RULES in
+cotrr/deploy/rules.py say how each rule is read.
 """
 
 import pathlib
@@ -20,7 +22,7 @@ from cotrr.deploy import governance, policy
 from cotrr.deploy.governance import Data
 from cotrr.deploy.quotas import Quotas, check_run, read_sights
 from cotrr.deploy.registry import Registry
-from cotrr.deploy.rules import OF_REGISTRY, OF_RUN, RULES, Breach, unchecked
+from cotrr.deploy.rules import OF_REGISTRY, OF_REPORT, OF_RUN, RULES, Breach, unchecked
 from cotrr.deploy.store import open_store
 from cotrr.errors import InputError
 from cotrr.evaluate.report import plain
@@ -28,19 +30,20 @@ from cotrr.ranker import artifact
 from experiments.terminal import done, say, warn
 
 FLAGS = flags.FLAGS
+POLICIES = pathlib.Path(__file__).parent / "policies"
 KINDS = {"breaches": ("breach:", say), "unchecked": ("unchecked:", say), "waived": ("WAIVED:", warn)}
 
 
 def define_flags() -> None:
     """Flags of this launcher."""
     flags.DEFINE_string("data", None, "Dataset folder, from generate_training_data.")
-    flags.DEFINE_string("model", None, "Model folder; unset: what the registry has live or as challenger.")
+    flags.DEFINE_string("model", None, "Model folder, beside what the registry has live and as challenger.")
     flags.DEFINE_string("registry", None, "Registry: a folder, or a URL that fsspec knows.")
     flags.DEFINE_string("name", "cotrr", "Name of the model in the registry.")
     flags.DEFINE_string("run", None, "Run that the data were made of; unset: where the certificate says.")
     flags.DEFINE_string("previous", None, "Earlier run, or dataset: what is in it is not new.")
-    flags.DEFINE_string("policy", "experiments/policies/governance.json", "Quotas and rates of a run.")
-    flags.DEFINE_string("policies", "experiments/policies", "Folder of the promotion policies.")
+    flags.DEFINE_string("policy", str(POLICIES / "governance.json"), "Quotas and rates of a run.")
+    flags.DEFINE_string("policies", str(POLICIES), "Folder of the promotion policies.")
     flags.DEFINE_list("waive", [], "Rules that need not be checked where their data are missing: "
                                    f"{', '.join(RULES)}.")  # fmt: skip
     flags.DEFINE_string("output", None, "Folder for governance.json and governance.md.")
@@ -76,29 +79,30 @@ def _check_run(data: Data, wanted: Quotas) -> list[Breach]:
 
 
 def _check_models(data: Data, registry: Registry | None) -> list[Breach]:
-    """The rules about --model, or else about what is live and what challenges it, or the newest version."""
+    """The rules about --model, and about what is live and what challenges it, or the newest version."""
     found, content = [], governance.read_model(FLAGS.model) if FLAGS.model else {}
     model = artifact.parse(content, FLAGS.model).version if FLAGS.model else ""
     try:
         subjects = _registered(registry, model) if registry else {}
     except InputError as error:  # check_registry says what is broken
-        subjects, found = {}, unchecked(["learned_from_test"], FLAGS.registry, str(error))
-    if model and not subjects:
-        subjects, found = {FLAGS.model: content}, found + governance.check_card(FLAGS.model, content)
+        subjects, found = {}, unchecked(["learned_from_test", *OF_REPORT], FLAGS.registry, str(error))
+    if model and not any(version == model for version, _ in subjects.values()):
+        subjects[FLAGS.model] = model, content
+        found += governance.check_card(FLAGS.model, content)
     if not subjects:
-        found += unchecked(["missing_card", "learned_from_test"], FLAGS.registry, "no version")
-    for where, content in subjects.items():
+        found += unchecked(["missing_card", "learned_from_test", *OF_REPORT], FLAGS.registry, "no version")
+    for where, (_, content) in subjects.items():
         found += governance.check_model(where, content, data)
     return found
 
 
-def _registered(registry: Registry, model: str) -> dict[str, dict[str, bytes]]:
-    """The files of the versions that are asked about, by where they are; check_registry sees their cards."""
+def _registered(registry: Registry, model: str) -> dict[str, tuple[str, dict[str, bytes]]]:
+    """Model and files of the versions that are asked about, by where; check_registry sees their cards."""
     state = registry.state()
     ours = [version for version in state.versions if version.folder]
     live = {state.aliases.get("champion"), state.aliases.get("challenger")}
-    chosen = [v for v in ours if (v.model == model if model else v.label in live)]
-    return {f"{registry.name}/{v.label}": registry.files(v) for v in chosen or ([] if model else ours[-1:])}
+    chosen = [v for v in ours if v.model == model or v.label in live] or ([] if model else ours[-1:])
+    return {f"{registry.name}/{v.label}": (v.model, registry.files(v)) for v in chosen}
 
 
 def _result(found: list[Breach], waived: set[str], asked: set[str]) -> dict[str, Any]:

@@ -22,19 +22,20 @@ Promote ends with status 0 for PROMOTE, 1 for REJECT, 3 for HOLD.
 """
 
 import datetime
-import getpass
 import json
 import pathlib
 import sys
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 from absl import flags
 
 from cotrr import files
 from cotrr.config import launch
 from cotrr.data import certificate, dataset
 from cotrr.data.lists import Lists, to_lists
+from cotrr.data.rows import explain
 from cotrr.deploy import card, gate, mirror, policy, sketches, step4
 from cotrr.deploy.registry import ALIASES, Draft, Event, Registry, State
 from cotrr.deploy.scorer import Scorer, largest_difference
@@ -43,9 +44,10 @@ from cotrr.errors import InputError
 from cotrr.evaluate.report import figure_text
 from cotrr.ranker import artifact, model_files
 from experiments import loop
-from experiments.terminal import done, say, warn
+from experiments.terminal import actor, done, say, warn
 
 FLAGS = flags.FLAGS
+POLICIES = pathlib.Path(__file__).parent / "policies"
 STATUS = {"PROMOTE": 0, "REJECT": 1, "HOLD": 3}
 LEFT_OUT = ("per_query", "units")  # of a judgement: evidence, too long to read
 PARITY = 1e-5  # between the scorer that serves and the one that was evaluated
@@ -61,7 +63,7 @@ def define_flags() -> None:
                                       "set, and what drift is measured against.")  # fmt: skip
     flags.DEFINE_string("report", None, "register: report folder of the model, from evaluate.")
     flags.DEFINE_string("description", "", "register: a sentence about the version.")
-    flags.DEFINE_string("policy", "experiments/policies/standard.json", "promote: what must hold.")
+    flags.DEFINE_string("policy", str(POLICIES / "standard.json"), "promote: what must hold.")
     flags.DEFINE_string("experiment", None, "promote: experiment.json of an A/B test, from ab analyze.")
     flags.DEFINE_integer("seed", 0, "promote: seed of the bootstrap.", lower_bound=0,
                          upper_bound=2**32 - 1)  # fmt: skip
@@ -69,6 +71,7 @@ def define_flags() -> None:
     flags.DEFINE_bool("quick", False, "promote: 1,000 resamples.")
     flags.DEFINE_enum("alias", None, ALIASES[1:], "alias: the name to set.")
     flags.DEFINE_string("reason", "", "rollback: why.")
+    flags.DEFINE_string("expected", None, "rollback: only if this version is live.")
     flags.DEFINE_string("at", None, "history: a moment, ISO 8601; without a zone it is local time.")
     flags.DEFINE_string("output", None, "export: folder; promote: also write the judgement there.")
     flags.DEFINE_string("overlay_version", "none", "export: Step 4's overlay that serves.")
@@ -81,6 +84,7 @@ def define_flags() -> None:
 
 def main(command: str) -> None:
     """Runs one command."""
+    _needed("registry")
     COMMANDS[command](Registry(open_store(FLAGS.registry), FLAGS.name))
 
 
@@ -94,7 +98,9 @@ def register(registry: Registry) -> None:
     for breach in certificate.breaches(passport):
         warn(breach)
     table = dataset.read(data, "test")
-    loop.refuse_overlap(model, folder, table, data)
+    if what := artifact.learned_from(model, table):
+        raise InputError(f"{folder} has learned from {what} of the test split", file=data,
+                         remedy="Name the dataset that it was trained on")  # fmt: skip
     lists = to_lists(table)
     say(f"sketching {lists.where.sum():,} candidates of {len(lists.query_id):,} queries")
     shoots = table["canonical_id"].to_numpy(zero_copy_only=False)
@@ -148,7 +154,7 @@ def promote(registry: Registry) -> None:
     experiment = _read(pathlib.Path(FLAGS.experiment)) if FLAGS.experiment else None
     say(f"judging {_needed('version')} by {wanted.name} on {len(lists.query_id):,} queries")
     event, judgement = gate.promote(
-        registry, FLAGS.version, gate.Test(table, lists, label, dataset.read_certificate(data)),
+        registry, FLAGS.version, gate.HeldOut(table, lists, label, dataset.read_certificate(data)),
         wanted, _actor(), experiment, FLAGS.seed, 1000 if FLAGS.quick else FLAGS.resamples,
     )  # fmt: skip
     _tell_judgement(judgement)
@@ -176,7 +182,7 @@ def alias(registry: Registry) -> None:
 
 def rollback(registry: Registry) -> None:
     """What was live before is live again."""
-    event = registry.rollback(_actor(), FLAGS.version, FLAGS.reason)
+    event = registry.rollback(_actor(), FLAGS.version, FLAGS.reason, FLAGS.expected)
     say(f"rolled back from {event.champion}")
     _tell_live(registry.state_after(event))
 
@@ -251,27 +257,39 @@ def _needed(flag: str) -> str:
 
 
 def _actor() -> str:
-    return FLAGS.actor or getpass.getuser()
+    return actor(FLAGS.actor)
 
 
 def _json(value: Any) -> bytes:
     return (json.dumps(files.finite(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
-def _read(path: pathlib.Path) -> dict[str, Any]:
+class _Headline(msgspec.Struct):
+    auc: dict[str, Any]
+    ece: dict[str, Any]
+
+
+class _About(msgspec.Struct):
+    version: str
+
+
+class _Report(msgspec.Struct):
+    """The parts of a report that others rely on."""
+
+    model: _About
+    metrics: dict[str, dict[str, Any]]
+    conflict: _Headline
+    latency: dict[str, Any]
+
+
+def _read(path: pathlib.Path, kind: Any = dict[str, Any]) -> Any:
     try:
-        value = json.loads(path.read_bytes(), parse_constant=_no_constant)
-    except (FileNotFoundError, NotADirectoryError):
+        return msgspec.json.decode(path.read_bytes(), type=kind)
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         raise InputError("not there", file=path) from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"not JSON: {error}", file=path) from None
-    if not isinstance(value, dict):
-        raise InputError("expected a JSON object", file=path)
-    return value
-
-
-def _no_constant(word: str) -> None:
-    raise ValueError(f"{word} is not JSON")
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        reason, field = explain(error)
+        raise InputError(reason, file=path, field=field) from None
 
 
 def _report(model: artifact.Model) -> dict[str, Any] | None:
@@ -280,11 +298,10 @@ def _report(model: artifact.Model) -> dict[str, Any] | None:
         warn("without --report the card has no figures")
         return None
     path = pathlib.Path(FLAGS.report) / "report.json"
-    found = _read(path)
-    about = found.get("model", {}).get("version")
+    about = _read(path, _Report).model.version
     if about != model.version:
         raise InputError(f"is about {about}, not {model.version}", file=path, field="model.version")
-    return found
+    return _read(path)
 
 
 def _parity(scorer: Scorer, model: artifact.Model, lists: Lists) -> float:
@@ -307,7 +324,7 @@ def _metrics(report: dict[str, Any] | None) -> dict[str, Any]:
 
 def _tell_judgement(judgement: dict[str, Any]) -> None:
     incumbent = judgement["incumbent"]
-    say(f"\nagainst {incumbent['label'] or 'no champion:'} {incumbent['system']}")
+    say(f"\nagainst {incumbent['label'] or 'no champion:'} {judgement['incumbent_system']}")
     say(f"  {'':<52} {'value':>9} {'bound':>9}")
     number = lambda value: "" if value is None else f"{value:.0f}" if value >= 1 else f"{value:+.4f}"
     for check in judgement["checks"]:

@@ -1,5 +1,7 @@
 """What launchers say on the terminal: progress while they work, and what to do next."""
 
+import getpass
+import os
 import pathlib
 import sys
 import time
@@ -17,6 +19,14 @@ def say(text: str = "") -> None:
 def warn(text: str) -> None:
     """Prints a line that must not be overlooked."""
     print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+def actor(given: str | None) -> str:
+    """Who does it: as given, else the user's name, or number where it has none, as in a container."""
+    try:
+        return given or getpass.getuser()
+    except (KeyError, OSError):
+        return f"unknown uid {os.getuid()}"
 
 
 def done(wrote: dict[str, object], next_steps: list[str]) -> None:

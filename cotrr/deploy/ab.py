@@ -2,12 +2,14 @@
 
 import datetime
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 import numpy as np
+from msgspec import Meta
 
 from cotrr import files
+from cotrr.data.rows import explain
 from cotrr.deploy import interleaving, sequences
 from cotrr.deploy.experiment import (
     INTERLEAVED,
@@ -23,6 +25,9 @@ from cotrr.deploy.experiment import (
 )
 from cotrr.deploy.interleaving import BASELINE, CANDIDATE, Interleaved
 from cotrr.deploy.sequences import Band
+from cotrr.errors import InputError
+
+Digest = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
 
 
 class Effect(NamedTuple):
@@ -50,9 +55,10 @@ def analyse(
 ) -> Analysis:  # fmt: skip
     """Verdict of an experiment from its records; `before`: pre-period values by unit.
 
-    Each unit counts once, in order of its first exposure, with all that came of its requests so far: an
-    outcome that comes late changes what its unit had said.  `now` (unset: the last record) is compared
-    with `max_duration_hours`.
+    Each unit counts once, in order of its first exposure, with all that came of its requests so far.  An
+    outcome that comes late revises what its unit had said, while a sequence is promised for values that
+    stay: who looks before they are final pays with part of the guarantee.  `now` (unset: the last record)
+    is compared with `max_duration_hours`.
     """
     served = sorted(exposures.records, key=lambda record: record.at)
     first: dict[str, Exposure] = {}
@@ -70,9 +76,10 @@ def analyse(
     start = experiment.started_at or min(moments, default=None)
     now = now or max(moments, default=None)
     expired = bool(start and now and now - start > datetime.timedelta(hours=experiment.max_duration_hours))
-    result = msgspec.to_builtins(experiment) | judge(
-        experiment, effects, _holds(experiment, _last(running), effects, broken), expired
-    )
+    ratios = {name: effect.sample_ratio for name, effect in effects.items()}
+    counts = {reason: len(found) for reason, found in broken.items()}
+    holds = _holds(experiment.srm_level, _last(running), ratios, counts)
+    result = msgspec.to_builtins(experiment) | judge(experiment, effects, holds, expired)
     result |= {
         "expired": expired,
         "started_at": start and start.isoformat(),
@@ -82,12 +89,130 @@ def analyse(
         "sample_ratio": {"units": _split(arms), "candidate_share": _share(experiment), "p": _last(running),
                          "level": experiment.srm_level, "kind": "Dirichlet-multinomial martingale"},
         "exposures": {"requests": len(served), "duplicates": exposures.duplicates, "units": len(first)}
-                     | {reason: len(found) for reason, found in broken.items()},
+                     | counts,
         "outcomes": {"records": len(outcomes.records), "duplicates": outcomes.duplicates, **counted},
         "preperiod_units": sum(unit in first for unit in before or ()),
         "shadow": _agreement(served),
     }  # fmt: skip
     return Analysis(files.finite(result), effects, running)
+
+
+class Verdict(NamedTuple):
+    """What a result decides, once it was found to follow from its own figures."""
+
+    baseline_version: str
+    candidate_version: str
+    verdict: Literal["promote", "rollback", "continue"]
+    held: str = ""  # why nothing is decided; empty where something is
+
+
+class _Row(msgspec.Struct):
+    claim: str
+    met: bool
+    ci: tuple[float, float] | None
+
+
+class _Checks(msgspec.Struct):
+    promotion: list[_Row]
+    rollback: list[_Row]
+    guardrails: list[_Row]
+
+
+class _Figures(msgspec.Struct):
+    sample_ratio_p: float | None
+
+
+class _Ratio(msgspec.Struct):
+    p: float | None
+
+
+class _Input(msgspec.Struct):
+    sha256: Digest
+
+
+class _Inputs(msgspec.Struct):
+    experiment: _Input
+    exposures: _Input
+    outcomes: _Input
+
+
+class _Exposures(msgspec.Struct):
+    crossed_units: int
+    misnamed_requests: int
+
+
+class _Result(msgspec.Struct):
+    """What a verdict rests on, of what `analyse` and its launcher write."""
+
+    verdict: Literal["promote", "rollback", "continue"]
+    status: Literal["running", "expired", "held", "decided"]
+    reasons: list[str]
+    checks: _Checks
+    metrics: dict[str, _Figures]
+    sample_ratio: _Ratio
+    exposures: _Exposures
+    inputs: _Inputs
+
+
+def read_verdict(content: dict[str, Any]) -> Verdict:
+    """The verdict of a result of `analyze`; raises InputError, with the field, where it does not follow.
+
+    Each claim of the experiment is held against its interval again, and the doubts about the data are
+    raised again; the intervals and counts themselves are believed, and the hashes say of which files.
+    """
+    try:
+        result = msgspec.convert(content, _Result)
+        experiment = msgspec.convert(_definition(content), Experiment)
+        claims = {"promotion": experiment.promotion, "rollback": experiment.rollback,
+                  "guardrails": experiment.guardrails}  # fmt: skip
+    except (msgspec.ValidationError, ValueError, RecursionError) as error:
+        reason, field = explain(error)
+        raise InputError(reason, field=field) from None
+    for part, wanted in claims.items():
+        _check_rows(getattr(result.checks, part), wanted, f"checks.{part}")
+    if (result.status == "decided") != (result.verdict != "continue"):
+        raise InputError(f"{result.status!r} does not go with {result.verdict!r}", field="status")
+    if result.verdict != "continue":
+        _check_decided(result, experiment)
+    held = "; ".join(result.reasons) or result.status if result.verdict == "continue" else ""
+    return Verdict(experiment.baseline_version, experiment.candidate_version, result.verdict, held)
+
+
+def _definition(content: dict[str, Any]) -> dict[str, Any]:
+    """The experiment's own fields of a result; each metric is in one place with its figures."""
+    kept = {name: content[name] for name in Experiment.__struct_fields__ if name in content}
+    fields = Metric.__struct_fields__
+    return kept | {"metrics": {name: {field: row[field] for field in fields if field in row}
+                               for name, row in content["metrics"].items()}}  # fmt: skip
+
+
+def _check_rows(rows: list[_Row], claims: list[Claim], field: str) -> None:
+    if [row.claim for row in rows] != [str(claim) for claim in claims]:
+        raise InputError("not the claims of the experiment", field=field)
+    for i, (row, claim) in enumerate(zip(rows, claims, strict=True)):
+        if row.met != claim.holds(*(row.ci or (-np.inf, np.inf))):
+            raise InputError("does not follow from `ci`", field=f"{field}[{i}].met")
+
+
+def _check_decided(result: _Result, experiment: Experiment) -> None:
+    """Raises InputError where a verdict does not follow from the checks."""
+    if experiment.mode == "shadow":
+        raise InputError("shadow decides nothing", field="mode")
+    checks = result.checks
+    if result.verdict == "rollback":
+        breached = [claim._replace(at_least=not claim.at_least).holds(*row.ci)
+                    for claim, row in zip(experiment.guardrails, checks.guardrails, strict=True)
+                    if row.ci]  # fmt: skip
+        if not (any(breached) or any(row.met for row in checks.rollback)):
+            raise InputError("no harm is shown", field="checks.rollback")
+        return
+    if not all(row.met for row in [*checks.promotion, *checks.guardrails]):
+        raise InputError("not all are met", field="checks.promotion")
+    doubts = _holds(experiment.srm_level, result.sample_ratio.p,
+                    {name: figures.sample_ratio_p for name, figures in result.metrics.items()},
+                    msgspec.structs.asdict(result.exposures))  # fmt: skip
+    if doubts or result.sample_ratio.p is None:
+        raise InputError("; ".join(doubts) or "no units", field="sample_ratio")
 
 
 def judge(
@@ -245,15 +370,15 @@ def _broken(experiment: Experiment, served: list[Exposure]) -> dict[str, set[str
 
 
 def _holds(
-    experiment: Experiment, p: float | None, effects: Mapping[str, Effect], broken: Mapping[str, set[str]]
+    level: float, p: float | None, by_metric: Mapping[str, float | None], broken: Mapping[str, int]
 ) -> list[str]:
-    """Why the data is in doubt: the split of all units, and of those that have each metric."""
-    checks = {"all units": p} | {f"units with {name}": e.sample_ratio for name, e in effects.items()}
+    """Why the data is in doubt: the split of all units, and of those that have each metric, by p-value."""
+    checks = {"all units": p} | {f"units with {name}": value for name, value in by_metric.items()}
     found = [f"sample ratio of {name}: p = {p:.2g}, so the split is not the planned one"
              for name, p in checks.items()
-             if p is not None and p <= experiment.srm_level / len(checks)]  # fmt: skip
-    found += [f"broken assignment: {len(which)} {reason.replace('_', ' ')}"
-              for reason, which in broken.items() if which]  # fmt: skip
+             if p is not None and p <= level / len(checks)]  # fmt: skip
+    found += [f"broken assignment: {count} {reason.replace('_', ' ')}"
+              for reason, count in broken.items() if count]  # fmt: skip
     return found
 
 

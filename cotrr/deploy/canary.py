@@ -1,10 +1,15 @@
 """The canary: is a run, or a version on it, still what was registered?  Almost all of it without labels.
 
 Every check has one of four verdicts.  An alarm needs a size that matters and a change beyond chance;
-what cannot be judged holds.  A one-sided error of (1 − confidence) / 2 is shared by all drift checks,
-and another by both of latency.
+what cannot be judged holds, and so does what is large but may be chance.  A one-sided error of
+(1 − confidence) / 2 is shared by all drift checks, and another by those of latency.
+
+A block is lifted by a run that is at least as new as every run that was critical, by the manifests'
+`created_at`; a run without a manifest lifts none.  The log keeps each policy's hash: a changed policy
+needs a new name.
 """
 
+import datetime
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -13,11 +18,13 @@ import numpy as np
 from msgspec import Meta
 from scipy import stats
 
+from cotrr import files
 from cotrr.data.contract import ATTRIBUTES
 from cotrr.data.lists import Lists
 from cotrr.deploy import sketches
-from cotrr.deploy.registry import Draft, Event, Registry, State
-from cotrr.deploy.sketches import Feature, Reference
+from cotrr.deploy.registry import Draft, Event, Registry, State, stamp
+from cotrr.deploy.sketches import Feature, Part, Reference
+from cotrr.errors import InputError
 from cotrr.ranker.calibrators import Scored
 
 Verdict = Literal["pass", "warning", "hold", "critical"]
@@ -61,8 +68,9 @@ class CanaryPolicy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     minimum_requests: Count = 300
     latency_budget_ms: Size = 1.0
     latency_share: Share = 0.05  # of requests may be above the budget
-    latency_tail: Annotated[float, Meta(gt=0, lt=1)] = 0.01  # of the baseline's requests set its limit
-    latency_growth: Annotated[float, Meta(ge=1, le=1e9)] = 1.5  # times that share are tolerated
+    latency_tail: Annotated[float, Meta(gt=0, lt=1)] = 0.01  # share of requests that may be slow:
+    latency_tail_factor: Annotated[float, Meta(gt=1, le=1e9)] = 4.0  # times their own median, or beyond
+    latency_growth: Annotated[float, Meta(ge=1, le=1e9)] = 1.5  # the baseline's tail, times this share
 
     def __post_init__(self) -> None:
         for name in ("mean_drop", "drift", "divergence", "missing", "conflict", "ties"):
@@ -72,6 +80,11 @@ class CanaryPolicy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise ValueError("is below overlap_critical - at `$.overlap_warning`")
         if self.minimum_runs > self.rolling_window:
             raise ValueError("is above rolling_window - at `$.minimum_runs`")
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what it says, defaults included."""
+        return files.digest(msgspec.to_builtins(self))
 
     @property
     def tail(self) -> float:
@@ -115,7 +128,7 @@ def judge(seen: Seen, policy: CanaryPolicy) -> list[Check]:
     queries, least = len(seen.lists.query_id), policy.minimum_queries
     checks = [Check("queries", "pass" if queries >= least else "hold", queries, least)]
     if seen.reference is None:
-        checks.append(_hold("drift", "the version has no reference"))
+        checks.append(hold("drift", "the version has no reference"))
     else:
         checks += drift_checks(seen.reference, seen.lists, seen.scored, policy)
     checks += ranking_checks(seen.lists, seen.scored, seen.champion, policy)
@@ -138,14 +151,20 @@ def grade(value: float, warning: float, critical: float, limit: float = 0.0) -> 
 
 
 def _graded(name: str, value: float, sizes: tuple[float, float], limit: float, why: str) -> Check:
-    """A check of a value that is an alarm above what chance gives and from the first size on."""
-    return Check(name, grade(value, *sizes, limit), value, max(sizes[0], limit), why)
+    """A check of a value that is an alarm above what chance gives and from the first size on.
+
+    Critical in size but not beyond chance holds.
+    """
+    verdict = grade(value, *sizes, limit)
+    if verdict == "pass" and 0 < value >= sizes[1]:
+        verdict, why = "hold", f"{why}: large, but not beyond chance"
+    return Check(name, verdict, value, max(sizes[0], limit), why)
 
 
 def drift_checks(reference: Reference, lists: Lists, scored: Scored, policy: CanaryPolicy) -> list[Check]:
-    """Domains, missing rates and distributions of every number, by domain and over all."""
+    """Domains, fields, missing rates and distributions of every number, by domain and over all."""
     columns, domain = sketches.columns(lists, scored), lists.domain.astype(str)
-    tests = 3 * sum(len(part.features) for part in reference.parts.values())
+    tests = 3 * sum(len(part.features) for part in reference.parts.values()) + len(reference.overall.features)
     level = 1 - policy.tail / tests
     checks = [Check("domain", "warning", float(np.mean(domain == new)), None, "not in the reference", new)
               for new in sorted(set(domain) - {*reference.domains})]  # fmt: skip
@@ -153,18 +172,33 @@ def drift_checks(reference: Reference, lists: Lists, scored: Scored, policy: Can
         chosen = domain == name if name else np.ones(len(domain), bool)
         count, least = int(chosen.sum()), policy.minimum_domain_queries if name else policy.minimum_queries
         if name:
-            checks.append(_hold("domain", "lost: no query of it", name) if not count
+            checks.append(hold("domain", "lost: no query of it", name) if not count
                           else Check("domain", "pass", float(chosen.mean()), None, "", name))  # fmt: skip
         if min(count, part.queries) < least:
             why = f"{count} queries, and {part.queries} in the reference; at least {least} are needed"
-            checks.append(_hold("drift", why, name))
+            checks.append(hold("drift", why, name))
             continue
+        if not name:
+            checks += _field_checks(part, columns, level)
         for feature, sketch in part.features.items():
             values, where = columns[feature][chosen], lists.where[chosen]
             found = [_missing_check(sketch, part.queries, values, where, level, policy)]
             found += feature_checks(sketch, values, level, policy)
             checks += [check._replace(domain=name, feature=feature) for check in found]
     return checks
+
+
+def _field_checks(part: Part, columns: Mapping[str, np.ndarray], level: float) -> list[Check]:
+    """Attributes and embeddings that no candidate had then, or none of [Q, n] has now."""
+    checks = []
+    for name in sorted(part.features.keys() - {*sketches.SCORES}):
+        known, there, queries = part.features[name].queries, ~np.isnan(columns[name]), len(columns[name])
+        if not known and there.any():
+            checks.append(Check("fields", "warning", None, None, "new: missing everywhere then", "", name))
+        # Or none of those that had it is among the queries of now, were all of them shuffled.
+        elif not there.any() and stats.hypergeom.pmf(0, part.queries + queries, known, queries) < 1 - level:
+            checks.append(Check("fields", "critical", None, None, "vanished: missing everywhere", "", name))
+    return checks or [Check("fields", "pass", None, None, "as they were")]
 
 
 def feature_checks(feature: Feature, values: np.ndarray, level: float, policy: CanaryPolicy) -> list[Check]:
@@ -176,14 +210,14 @@ def feature_checks(feature: Feature, values: np.ndarray, level: float, policy: C
         return [_constant_check(feature, values, level, policy)]
     found = sketches.drift(feature, values, level)
     if isinstance(found, str):
-        return [_hold("drift", found)]
+        return [hold("drift", found)]
     why = f"sd; mean {feature.mean:.4g} → {known.mean():.4g}; PSI {found.psi:.3f}"
-    return [
-        _graded("drift", found.wasserstein, (policy.drift_warning, policy.drift_critical),
-                found.wasserstein_limit, why),
-        _graded("divergence", found.jensen_shannon, (policy.divergence_warning, policy.divergence_critical),
-                found.jensen_shannon_limit, "bits"),
-    ]  # fmt: skip
+    drift = _graded("drift", found.wasserstein, (policy.drift_warning, policy.drift_critical),
+                    found.wasserstein_limit, why)  # fmt: skip
+    limit, least = found.jensen_shannon_limit, policy.divergence_warning
+    # No divergence is above 1 bit: where the limit is, none can be an alarm, and a smaller one must hold.
+    sizes = least, least if limit >= 1 else policy.divergence_critical
+    return [drift, _graded("divergence", found.jensen_shannon, sizes, limit, "bits")]
 
 
 def _constant_check(feature: Feature, values: np.ndarray, level: float, policy: CanaryPolicy) -> Check:
@@ -234,13 +268,13 @@ def ranking_checks(
         _graded("single candidates", _mean(singles), sizes, 0.0, "share of the queries without a choice"),
     ]  # fmt: skip
     if broken_share:
-        return [*checks, _hold("conflicts", "scores are missing")]
+        return [*checks, hold("conflicts", "scores are missing")]
     ours = first(scored.logit, where, k)
     if champion is None:
         came = np.broadcast_to(-np.arange(where.shape[1], dtype=float), where.shape)
         theirs, judged_by, name = first(came, where, k), scored.p_conflict, "the order as it came"
     elif not np.isfinite(champion.logit[where]).all():
-        return [*checks, _hold("overlap", "the champion has no finite scores")]
+        return [*checks, hold("overlap", "the champion has no finite scores")]
     else:
         theirs, judged_by, name = first(champion.logit, where, k), champion.p_conflict, "the champion"
         checks.append(_overlap_check(ours, theirs, where.sum(axis=1) > k, policy))
@@ -267,7 +301,7 @@ def _overlap_check(ours: np.ndarray, theirs: np.ndarray, open_: np.ndarray, poli
     """Mean share of the first k that two orders have in common, where a query has more than k."""
     share = ((ours & theirs).sum(axis=1) / np.maximum(ours.sum(axis=1), 1))[open_]
     if len(share) < policy.minimum_queries:
-        return _hold("overlap", f"{len(share)} queries have more than {policy.top_k} candidates")
+        return hold("overlap", f"{len(share)} queries have more than {policy.top_k} candidates")
     value, reach = _mean(share), _reach(share, policy.confidence)
     # What is not in common, turned round: an alarm begins where all of the interval is beyond a size.
     verdict = grade(1 - value - reach, 1 - policy.overlap_warning, 1 - policy.overlap_critical)
@@ -278,37 +312,36 @@ def _overlap_check(ours: np.ndarray, theirs: np.ndarray, open_: np.ndarray, poli
 def _rise_check(name: str, rise: np.ndarray, than: str, policy: CanaryPolicy) -> Check:
     rise = rise[~np.isnan(rise)]
     if len(rise) < policy.minimum_queries:
-        return _hold(name, f"{len(rise)} queries have it")
-    sizes = policy.conflict_warning, policy.conflict_critical
-    return _change_check(name, _mean(rise), _reach(rise, policy.confidence), sizes, f"rise over {than}")
-
-
-def _change_check(name: str, value: float, reach: float, sizes: tuple[float, float], what: str) -> Check:
-    """A mean change ± reach: an alarm if beyond chance; critical in size but not beyond chance holds."""
-    verdict = grade(value, *sizes, limit=reach)
-    why = f"{what}, ± {reach:.3f}"
-    if verdict == "pass" and value >= sizes[1]:
-        verdict, why = "hold", f"{why}: large, but not beyond chance"
-    return Check(name, verdict, value, max(sizes[0], reach), why)
+        return hold(name, f"{len(rise)} queries have it")
+    sizes, reach = (policy.conflict_warning, policy.conflict_critical), _reach(rise, policy.confidence)
+    return _graded(name, _mean(rise), sizes, reach, f"rise over {than}, ± {reach:.3f}")
 
 
 def latency_checks(
     latencies: np.ndarray | None, baseline: np.ndarray | None, policy: CanaryPolicy
 ) -> list[Check]:
-    """Shares of requests above the budget, and above the baseline's own tail.
+    """Shares of requests above the budget, far above their own median, and above the baseline's tail.
 
-    Both tests are exact for independent requests.  Ranks as a whole would not do: a few requests that
-    are much slower hardly move them.
+    All tests are exact for independent requests.  Ranks as a whole would not do: a few requests that
+    are much slower hardly move them.  The champion has no baseline: its tail is told by its own median.
     """
     if latencies is None:
-        return [_hold("latency", "not measured")]
+        return [hold("latency", "not measured")]
     counts = [len(latencies)] + ([] if baseline is None else [len(baseline)])
     if min(counts) < policy.minimum_requests:
-        return [_hold("latency", f"{min(counts)} of at least {policy.minimum_requests} requests")]
-    n, budget = counts[0], policy.latency_budget_ms
-    above = int((latencies > budget).sum())
-    p = float(stats.binom.sf(above - 1, n, policy.latency_share))  # exact
-    checks = [_latency_check("latency budget", above, n, policy.latency_share, p, f"{budget:g} ms", policy)]
+        return [hold("latency", f"{min(counts)} of at least {policy.minimum_requests} requests")]
+    n, budget, median = counts[0], policy.latency_budget_ms, float(np.median(latencies))
+    if not median:
+        return [hold("latency", "half of the requests took no time at all: measure more finely")]
+    checks = []
+    for name, limit, share, what in (
+        ("latency budget", budget, policy.latency_share, f"{budget:g} ms"),
+        ("slow requests", policy.latency_tail_factor * median, policy.latency_tail,
+         f"{policy.latency_tail_factor:g} × their median of {median:.3g} ms"),
+    ):  # fmt: skip
+        above = int((latencies > limit).sum())
+        p = float(stats.binom.sf(above - 1, n, share))  # exact
+        checks.append(_latency_check(name, above, n, share, p, what, policy))
     if baseline is not None:
         above, limit, p = exceedance(latencies, baseline, policy.latency_tail)
         share, what = policy.latency_tail * policy.latency_growth, f"the baseline's {limit:.3g} ms"
@@ -320,7 +353,7 @@ def _latency_check(
     name: str, above: int, requests: int, share: float, p: float, what: str, policy: CanaryPolicy
 ) -> Check:
     """Critical where a larger share than is tolerated is above a limit, beyond chance."""
-    verdict: Verdict = "critical" if above > share * requests and p < policy.tail / 2 else "pass"
+    verdict: Verdict = "critical" if above > share * requests and p < policy.tail / 3 else "pass"
     return Check(name, verdict, above / requests, share, f"of {requests} requests above {what}, p = {p:.2g}")
 
 
@@ -345,9 +378,9 @@ def probe_checks(probe: Probe, policy: CanaryPolicy) -> list[Check]:
     names = "probe compliance@1", "probe tail"
     runs = probe.before[-policy.rolling_window :]
     if len(runs) < policy.minimum_runs:
-        return [_hold(name, f"{len(runs)} of at least {policy.minimum_runs} earlier runs") for name in names]
+        return [hold(name, f"{len(runs)} of at least {policy.minimum_runs} earlier runs") for name in names]
     if min(map(len, (probe.now, *runs))) < policy.minimum_queries:
-        return [_hold(name, f"fewer than {policy.minimum_queries} labelled queries") for name in names]
+        return [hold(name, f"fewer than {policy.minimum_queries} labelled queries") for name in names]
     paired = all(probe.now.keys() == run.keys() for run in runs)
     now, before = np.array([*probe.now.values()]), np.concatenate([[*run.values()] for run in runs])
     if paired:
@@ -358,8 +391,8 @@ def probe_checks(probe: Probe, policy: CanaryPolicy) -> list[Check]:
     def check(name: str, then: np.ndarray, now: np.ndarray, sizes: tuple[float, float], what: str) -> Check:
         apart = (then - now.astype(float),) if paired else (then, now)
         reach = np.hypot.reduce([_reach(part, policy.confidence, min(len(part), count)) for part in apart])
-        change = f"{what} {_mean(then):.3f} → {_mean(now):.3f}"
-        return _change_check(name, _mean(then) - _mean(now), float(reach), sizes, change)
+        change = f"{what} {_mean(then):.3f} → {_mean(now):.3f}, ± {reach:.3f}"
+        return _graded(name, _mean(then) - _mean(now), sizes, float(reach), change)
 
     sizes = (policy.mean_drop_warning, policy.mean_drop_critical), (policy.tail_drop_threshold, np.inf)
     return [check(names[0], before, now, sizes[0], "mean"),
@@ -386,7 +419,8 @@ def _reach(values: np.ndarray, confidence: float, count: int | None = None) -> f
     return float(stats.t.ppf((1 + confidence) / 2, count - 1) * sd / np.sqrt(count))
 
 
-def _hold(name: str, why: str, domain: str = "") -> Check:
+def hold(name: str, why: str, domain: str = "") -> Check:
+    """A check that cannot be made."""
     return Check(name, "hold", None, None, why, domain)
 
 
@@ -410,29 +444,64 @@ def report(
     }
 
 
-def earlier_probes(registry: Registry, state: State, window: int) -> list[dict[str, float]]:
-    """Compliance@1 by query in the last canaries of what was live then, newest last; no critical drops."""
-    found: list[dict[str, float]] = []
+def earlier_probes(registry: Registry, state: State, window: int, run: str = "") -> list[dict[str, float]]:
+    """Compliance@1 by query in the last canaries of what was live then, newest last; no critical drops.
+
+    Of each run the newest, and none of `run` itself: a run that is looked at twice is no two runs.
+    """
+    found, known = list[dict[str, float]](), {run}
     for event in reversed(state.events):
         probed = event.kind == "canary" and event.facts.get("probe", "") not in ("", "critical")
-        if probed and event.champion in ("", event.version) and len(found) < window:
+        name = str(event.facts.get("run", ""))
+        if probed and event.champion in ("", event.version) and name not in known and len(found) < window:
+            known.add(name)
             found.append(registry.evidence(event.evidence["canary"])["probe"])
     return found[::-1]
 
 
-def record(registry: Registry, label: str, result: Mapping[str, Any], actor: str) -> Event:
-    """Logs a result.  Only a version that does better than hold gets rid of an earlier block."""
+def refuse_changed_policy(state: State, name: str, digest: str) -> None:
+    """Raises InputError where a policy said something else under its name."""
+    for event in state.events:
+        if event.facts.get("policy") == name and event.facts.get("policy_hash") != digest:
+            raise InputError(f"policy {name!r} said something else in event {event.number}",
+                             field="name", remedy="Give a changed policy a new name")  # fmt: skip
+
+
+def run_time(manifest: Mapping[str, Any] | None) -> str:
+    """When a run was made, as events write moments (UTC where it names no zone); "" where nothing tells."""
+    try:
+        made = datetime.datetime.fromisoformat(manifest["created_at"] if manifest else "")
+        return stamp(made if made.tzinfo else made.replace(tzinfo=datetime.UTC))
+    except (ValueError, OverflowError):
+        return ""
+
+
+def record(registry: Registry, label: str, result: Mapping[str, Any], actor: str, made: str = "") -> Event:
+    """Logs a result about a run that was `made` when `run_time` says.
+
+    Only a version that does better than hold, on a run that is new enough, gets rid of a block.
+    """
     evidence = {"canary": registry.put_evidence(result)}
     probed = [Check(**check) for check in result["checks"] if check["name"].startswith("probe")]
-    facts = {"verdict": result["status"], "run": result["run"], "probe": status(probed) if probed else ""}
-    unsure = result["status"] in ("hold", "critical")
+    name, digest = result["thresholds"]["name"], files.digest(result["thresholds"])
+    facts = {"verdict": result["status"], "run": result["run"], "run_made": made,
+             "probe": status(probed) if probed else "", "policy": name, "policy_hash": digest}  # fmt: skip
 
     def draft(state: State) -> Draft:
-        blocks = result["block"]["blocks"] or (unsure and label in state.blocked)
+        refuse_changed_policy(state, name, digest)
+        lifts = result["status"] in ("pass", "warning") and made and made >= _blocked_by(state, label)
+        blocks = result["block"]["blocks"] or (not lifts and label in state.blocked)
         return Draft(kind="canary", actor=actor, version=label, evidence=evidence,
                      facts=facts | {"blocks": blocks})  # fmt: skip
 
     return registry.append(draft)
+
+
+def _blocked_by(state: State, label: str) -> str:
+    """When the newest run was made that a version was critical on; none was made after its canary."""
+    return max((min(str(event.facts.get("run_made", "")), event.at) for event in state.events
+                if event.kind == "canary" and event.version == label
+                and event.facts.get("verdict") == "critical"), default="")  # fmt: skip
 
 
 def markdown(result: Mapping[str, Any]) -> str:

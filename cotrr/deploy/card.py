@@ -22,7 +22,7 @@ from cotrr.evaluate.systems import BASELINES
 from cotrr.ranker.artifact import Model, mask_of
 from cotrr.ranker.lanes import names
 
-FORMAT = 1  # another one wherever `build` or `markdown` says the same evidence differently
+FORMAT = 2  # another one wherever `build` or `markdown` says the same evidence differently
 RULE = BASELINES["rule"]
 HEADLINES = ("compliance@1", "ndcg@10")
 INTENDED = (

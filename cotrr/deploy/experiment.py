@@ -157,6 +157,11 @@ class Experiment(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
             up = self.higher_is_better(claim.metric)
             if up is not None and claim.at_least != (up == better):
                 raise ValueError(f"{claim} bounds the change from the wrong side - at `$.{field}`")
+            # Whichever way is good: what promotes must be no harm, what rolls back no gain.
+            if claim.threshold < 0 if claim.at_least else claim.threshold > 0:
+                what, other = ("promote", "a harm") if better else ("roll back", "a gain")
+                raise ValueError(f"{claim} would {what} {other}; how much harm may pass is the `margin` of a "
+                                 f"metric in `metrics` - at `$.{field}`")  # fmt: skip
         return found
 
     def _flat(self, field: str, metric: str, number: float, better: bool) -> Claim:

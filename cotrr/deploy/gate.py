@@ -4,147 +4,33 @@ Every check passes, fails, or holds; what is missing or undecided holds.  All pa
 fails: REJECT.  Else HOLD, with how many more queries would decide it.
 """
 
-from functools import partial
+from collections.abc import Collection, Iterable
 from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
 import pyarrow as pa
-from scipy.special import ndtri
-from scipy.stats import t
 
 from cotrr import files
 from cotrr.data import certificate, labels
 from cotrr.data.lists import Lists, clusters
-from cotrr.deploy.policy import Limit, Policy
+from cotrr.data.splits import unit_hash
+from cotrr.deploy import ab
+from cotrr.deploy.checks import FAIL, HOLD, PASS, Check, Gain, gain_of, judge_gains, judge_limit, verdict
+from cotrr.deploy.policy import Policy
 from cotrr.deploy.registry import Draft, Event, Registry, State, Version
 from cotrr.deploy.scorer import Scorer, of_list
 from cotrr.errors import InputError
-from cotrr.evaluate import acceptance, figures, intervals, probabilities, ranking, systems
-from cotrr.evaluate.comparisons import holm
+from cotrr.evaluate import figures, probabilities, ranking, systems
 from cotrr.evaluate.figures import Engine, Figure, Ratio, mean
 from cotrr.evaluate.ranking import System
 from cotrr.ranker import artifact
 from cotrr.ranker.artifact import Model, Scored
 
-PASS, HOLD, FAIL = "pass", "hold", "fail"
-POWER = 0.8  # with which the further queries that are asked for decide
-LOWER_IS_BETTER = "conflict_rate"
+SKETCH = 64  # hashes that stand for a set of queries: a shared half is seen as 0.5 ± 0.06
 
 
-class Check(NamedTuple):
-    """One question of a policy, and what the evidence says."""
-
-    check: str
-    verdict: str  # pass, hold, fail
-    why: str = ""
-    value: float | None = None
-    bound: float | None = None  # one-sided, at the policy's level
-    threshold: float | None = None
-    p: float | None = None  # that it holds; adjusted by Holm within its family
-    more_queries: int | None = None  # that would decide it, were the value the truth
-
-
-class Gain(NamedTuple):
-    """A difference that must lie above a threshold: the mean of [Q] values, NaN where undefined."""
-
-    check: str
-    values: np.ndarray
-    threshold: float
-
-
-def verdict(checks: list[Check]) -> str:
-    """PROMOTE where all checks pass, REJECT where any fails, HOLD otherwise.
-
-    >>> verdict([Check("a", PASS), Check("b", HOLD)]), verdict([])
-    ('HOLD', 'HOLD')
-    """
-    found = {check.verdict for check in checks}
-    return "REJECT" if FAIL in found else "PROMOTE" if found == {PASS} else "HOLD"
-
-
-def judge_gains(engine: Engine, gains: list[Gain], level: float) -> list[Check]:
-    """A family of gains, each tested one-sided on units that are resampled whole; Holm adjusts.
-
-    A gain passes where it is significantly above its threshold, and fails where it is significantly
-    below.  Two tests must agree, for each errs where the other does not: bootstrap-t (Davison & Hinkley
-    1997, 4.4.1), which knows skew, and Student's t on the units, which is steady where few of them move.
-    """
-    if not gains:
-        return []
-    found = engine.estimate([mean(gain.values, (-1, 1)) for gain in gains])
-    factor = np.maximum(intervals.quantile(intervals.ascending(found.pivots), level), _student(found, level))
-    lower = found.value - found.error * factor
-    thresholds = np.array([gain.threshold for gain in gains])
-    above, below = _p_values(found, thresholds)
-    told = (found.units >= figures.FEWEST) & np.isfinite(above) & np.isfinite(below)
-    above, below = np.where(told, above, 1.0), np.where(told, below, 1.0)
-    above, below = holm(above), holm(below)
-    alpha = 1 - level
-    more = _more(found, thresholds, alpha / len(gains))
-    checks = []
-    for i, gain in enumerate(gains):
-        if not told[i]:
-            why = f"{found.units[i]} of at least {figures.FEWEST} {engine.unit_name}"
-            checks.append(Check(gain.check, HOLD, why, _number(found.value[i]), None, gain.threshold))
-            continue
-        said = PASS if above[i] <= alpha else FAIL if below[i] <= alpha else HOLD
-        checks.append(
-            Check(
-                gain.check, said,
-                {PASS: "", FAIL: "decided: on the wrong side", HOLD: "not decided"}[said],
-                float(found.value[i]), _number(lower[i]), gain.threshold, float(above[i]),
-                more[i] if said == HOLD else None,
-            )
-        )  # fmt: skip
-    return checks
-
-
-def _p_values(found: figures.Estimates, thresholds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """[R] p-values of "not above" and of "not below" the thresholds; NaN where undefined.
-
-    Where all units agree there is nothing to resample: were the truth on the other side, a share of
-    the units as large as the distance would have to differ, and none of U does.
-    """
-    distance = found.value - thresholds
-    none = found.error == 0
-    reached = (distance / np.where(none, 1.0, found.error))[:, None]
-    count = found.pivots.shape[1]
-    share = lambda hit: (1 + hit.sum(axis=1)) / (count + 1)
-    defined = np.where(np.isnan(found.pivots).any(axis=1), np.nan, 1.0)
-    agreed = lambda by: (1 - np.clip(by, 0, 1)) ** found.units
-    above = np.where(none, agreed(distance), share(found.pivots >= reached) * defined)
-    below = np.where(none, agreed(-distance), share(found.pivots <= reached) * defined)
-    student = partial(t.sf, df=np.maximum(found.units - 1, 1))
-    return (np.maximum(above, np.where(none, 0.0, student(reached[:, 0]))),
-            np.maximum(below, np.where(none, 0.0, student(-reached[:, 0]))))  # fmt: skip
-
-
-def _student(found: figures.Estimates, level: float) -> np.ndarray:
-    return t.ppf(level, np.maximum(found.units - 1, 1))
-
-
-def _more(found: figures.Estimates, thresholds: np.ndarray, alpha: float) -> list[int | None]:
-    """How many more queries would decide each, with POWER; None where the value is at its threshold."""
-    distance = np.abs(found.value - thresholds)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        needed = found.count * ((ndtri(1 - alpha) + ndtri(POWER)) * found.error / distance) ** 2
-    return [int(np.ceil(n - c)) if np.isfinite(n) and n > c else None
-            for n, c in zip(needed, found.count, strict=True)]  # fmt: skip
-
-
-def gain_of(metric: str, candidate: np.ndarray, incumbent: np.ndarray, relative: float = 0.0) -> np.ndarray:
-    """[Q] by how much the candidate is better, less `relative` of the incumbent's value.
-
-    >>> gain_of("conflict_rate@1", np.array([0.0, 1.0]), np.array([1.0, 1.0]), relative=0.2)
-    array([ 0.8, -0.2])
-    """
-    better = incumbent - candidate if metric.startswith(LOWER_IS_BETTER) else candidate - incumbent
-    better = np.where(np.abs(better) < ranking.NOISE, 0.0, better)
-    return better - relative * incumbent if relative else better
-
-
-class Test(NamedTuple):
+class HeldOut(NamedTuple):
     """A frozen test set."""
 
     table: pa.Table
@@ -168,7 +54,7 @@ class Contest(NamedTuple):
 def promote(
     registry: Registry,
     name: str,
-    test: Test,
+    test: HeldOut,
     policy: Policy,
     actor: str,
     experiment: dict[str, Any] | None = None,
@@ -185,6 +71,7 @@ def promote(
     if version.label == champion:
         raise InputError(f"{version.label} is live already")
     _refuse_changed_policy(before, policy)
+    told = ab.read_verdict(experiment) if experiment else None
     contents, live = registry.contents(version), before.version(champion) if champion else None
     contest = Contest(
         artifact.assemble(contents),
@@ -192,36 +79,53 @@ def promote(
         artifact.assemble(registry.contents(live)) if live and live.folder else None,
         *test,
     )
-    judged = judge(contest, policy, seed, resamples)
+    judged = judge(contest, policy, seed, resamples) | {
+        "candidate": {"label": version.label, "model": version.model},
+        "incumbent": {"label": champion, "model": live.model if live else ""},
+        "policy": msgspec.to_builtins(policy),
+        "policy_hash": policy.digest,
+    }
     judgement: dict[str, Any] = {}
 
     def draft(state: State) -> Draft:
-        checks = [*judged["checks"], *_log_checks(state, version, champion, policy, judged["test_set"]),
-                  *_experiment_checks(policy, version, before, experiment)]  # fmt: skip
-        judgement.update(judged, checks=[check._asdict() for check in checks], verdict=verdict(checks))
-        judgement.update(
-            candidate={"label": version.label, "model": version.model},
-            incumbent={"label": champion, "model": before.version(champion).model if champion else "",
-                       "system": judged["incumbent_system"]},
-            policy=msgspec.to_builtins(policy), policy_hash=policy.digest,
-        )  # fmt: skip
-        grounds = {"judgement": judgement, "certificate": test.passport, "policy": judgement["policy"],
+        checks = [*judged["checks"], *_log_checks(state, version, champion, policy, judged["sketch"]),
+                  *_experiment_checks(policy, version, before, told)]  # fmt: skip
+        said = {"checks": [check._asdict() for check in checks], "verdict": verdict(checks)}
+        judgement.update(judged | said)
+        grounds = {"judgement": judgement, "certificate": test.passport, "policy": judged["policy"],
                    **({"experiment": experiment} if experiment else {})}  # fmt: skip
         return Draft(
-            kind="promote" if judgement["verdict"] == "PROMOTE" else "judge",
+            kind="promote" if said["verdict"] == "PROMOTE" else "judge",
             actor=actor,
             version=version.label,
             evidence={what: registry.put_evidence(value) for what, value in grounds.items()},
-            facts={"verdict": judgement["verdict"], "test_set": judged["test_set"],
+            facts={"verdict": said["verdict"], "queries": judged["sketch"],
                    "policy": policy.name, "policy_hash": policy.digest},
         )  # fmt: skip
 
     return registry.append(draft), judgement
 
 
-def looks(state: State, test_set: str) -> int:
-    """How often a test set has been looked at, whatever came of it."""
-    return sum(event.facts.get("test_set") == test_set for event in state.events)
+def sketch(query_ids: Iterable[str]) -> list[int]:
+    """The SKETCH smallest hashes of the distinct queries: enough to see how much two sets share."""
+    hashes = unit_hash("test set", sorted(set(query_ids)), "sketch")
+    return np.sort((hashes * 2**53).astype(np.int64))[:SKETCH].tolist()
+
+
+def shared(one: Collection[int], other: Collection[int]) -> float:
+    """Share of the queries of both sets that is in either's sketch (bottom-k MinHash, Broder 1997).
+
+    >>> shared([1, 2, 3], [2, 3, 4])
+    0.5
+    """
+    both = sorted({*one, *other})[:SKETCH]
+    return sum(h in one and h in other for h in both) / max(len(both), 1)
+
+
+def looks(state: State, queries: Collection[int]) -> int:
+    """How often the gate has looked at a test set that shares half its queries, whatever came of it."""
+    earlier = (event.facts.get("queries") for event in state.events)
+    return sum(isinstance(past, list) and shared(past, queries) >= 0.5 for past in earlier)
 
 
 def _refuse_changed_policy(state: State, policy: Policy) -> None:
@@ -234,9 +138,11 @@ def _refuse_changed_policy(state: State, policy: Policy) -> None:
             )
 
 
-def _log_checks(state: State, version: Version, champion: str, policy: Policy, test: str) -> list[Check]:
+def _log_checks(
+    state: State, version: Version, champion: str, policy: Policy, queries: list[int]
+) -> list[Check]:
     """What the log must say, at the very place where the verdict is written."""
-    same, used = state.champion == champion, looks(state, test)
+    same, used = state.champion == champion, looks(state, queries)
     blocked = version.label in state.blocked
     return [
         Check("champion as judged", PASS if same else HOLD,
@@ -250,18 +156,16 @@ def _log_checks(state: State, version: Version, champion: str, policy: Policy, t
 
 
 def _experiment_checks(
-    policy: Policy, version: Version, state: State, experiment: dict[str, Any] | None
+    policy: Policy, version: Version, state: State, told: ab.Verdict | None
 ) -> list[Check]:
     """The verdict of an A/B test, which must have compared these two."""
-    if experiment is None:
+    if told is None:
         return [Check("A/B test", HOLD, "none given")] if policy.experiment == "required" else []
-    live = state.version(state.champion).model if state.champion else None
-    other = [experiment.get("candidate_version") != version.model,
-             live is not None and experiment.get("baseline_version") != live]  # fmt: skip
-    said = {"promote": PASS, "rollback": FAIL}.get(str(experiment.get("verdict")), HOLD)
-    if any(other):
-        return [Check("A/B test", HOLD, "it compared other versions")]
-    return [Check("A/B test", said, "" if said == PASS else f"verdict {experiment.get('verdict')!r}")]
+    live = state.version(state.champion).model if state.champion else policy.first_champion
+    if (told.candidate_version, told.baseline_version) != (version.model, live):
+        return [Check("A/B test", HOLD, f"it compared {told.candidate_version} with {told.baseline_version}")]
+    said = {"promote": PASS, "rollback": FAIL}.get(told.verdict, HOLD)
+    return [Check("A/B test", said, "" if said == PASS else told.held or f"verdict {told.verdict!r}")]
 
 
 def judge(contest: Contest, policy: Policy, seed: int, resamples: int) -> dict[str, Any]:
@@ -271,7 +175,7 @@ def judge(contest: Contest, policy: Policy, seed: int, resamples: int) -> dict[s
     engine = figures.engine(len(lists.query_id), seed, resamples, unit)
     scored = artifact.score(contest.candidate, lists)
     system, values = _incumbent(contest, policy)
-    ours = ranking.per_query(scored.logit, lists)
+    ours, served = ranking.per_query(scored.logit, lists), contest.candidate.vocabulary.domains
     own = _figures(engine, contest, ours, scored)
     checks = [
         *_data_checks(contest, policy, engine),
@@ -281,14 +185,14 @@ def judge(contest: Contest, policy: Policy, seed: int, resamples: int) -> dict[s
             for gain in _superiority(policy, ours, values)
             for check in judge_gains(engine, [gain], policy.level)
         ),
-        *judge_gains(engine, _non_inferiority(policy, ours, values, lists.domain), policy.level),
+        *judge_gains(engine, _non_inferiority(policy, ours, values, lists.domain, served), policy.level),
         *(judge_limit(limit, own.get(limit.figure)) for limit in policy.limits),
     ]
     named = sorted({part.metric for part in (*policy.superiority, *policy.non_inferiority, *policy.slices)})
     return {
         "checks": checks,
         "incumbent_system": system,
-        "test_set": test_set(contest.table),
+        "sketch": sketch(contest.table["query_id"].to_pylist()),
         "labels": contest.label,
         "queries": len(lists.query_id),
         "clusters": engine.draw.units,
@@ -301,13 +205,6 @@ def judge(contest: Contest, policy: Policy, seed: int, resamples: int) -> dict[s
         "seed": seed,
         "resamples": resamples,
     }
-
-
-def test_set(table: pa.Table) -> str:
-    """SHA-256 of a test set: its candidates and their labels, in any order."""
-    columns = ("query_id", "id", "canonical_id", "label", "y")
-    rows = zip(*(table[name].to_pylist() for name in columns), strict=True)
-    return files.digest(sorted(map(list, rows), key=str))
 
 
 def _incumbent(contest: Contest, policy: Policy) -> tuple[str, dict[str, np.ndarray]]:
@@ -329,16 +226,15 @@ def _data_checks(contest: Contest, policy: Policy, engine: Engine) -> list[Check
     models = {"candidate": contest.candidate, "champion": contest.champion}
     seen = [f"the {name} has learned from {what}" for name, model in models.items()
             if model and (what := artifact.learned_from(model, contest.table))]  # fmt: skip
-    leaks = certificate.leaks(contest.passport) + seen
-    gold, units = contest.label == labels.GOLD, engine.draw.units
-    enough = units >= policy.minimum_clusters
-    short = f"{units} of at least {policy.minimum_clusters}"
+    leaks, unchecked = certificate.leaks(contest.passport) + seen, certificate.unchecked(contest.passport)
+    gold, units, least = contest.label == labels.GOLD, engine.draw.units, policy.minimum_clusters
+    enough, size = units >= least, len(contest.lists.query_id) / units
     return [
-        Check("no leakage", FAIL if leaks else PASS, "; ".join(leaks)),
+        Check("no leakage", FAIL if leaks else HOLD if unchecked else PASS, "; ".join(leaks or unchecked)),
         Check("gold labels", PASS if gold else FAIL, "" if gold else f"labels are {contest.label}"),
-        Check(f"enough {engine.unit_name}", PASS if enough else HOLD, "" if enough else short,
-              float(units), None, float(policy.minimum_clusters),
-              more_queries=None if enough else policy.minimum_clusters - units),
+        Check(f"enough {engine.unit_name}", PASS if enough else HOLD,
+              "" if enough else f"{units} of at least {least}", float(units), None, float(least),
+              more_queries=None if enough else int(np.ceil((least - units) * size))),
     ]  # fmt: skip
 
 
@@ -350,28 +246,18 @@ def _superiority(policy: Policy, ours: dict, theirs: dict) -> list[Gain]:
     ]  # fmt: skip
 
 
-def _non_inferiority(policy: Policy, ours: dict, theirs: dict, domain: np.ndarray) -> list[Gain]:
+def _non_inferiority(
+    policy: Policy, ours: dict, theirs: dict, domain: np.ndarray, served: Iterable[str]
+) -> list[Gain]:
     apart = lambda part: gain_of(part.metric, ours[part.metric], theirs[part.metric])
     whole = [Gain(f"no loss in {part.metric}", apart(part), -part.margin) for part in policy.non_inferiority]
+    # A domain that the candidate serves and the test set lacks is unchecked, and so holds.
     inside = lambda part, name: np.where(domain == name, apart(part), np.nan)
     return whole + [
         Gain(f"no loss in {part.metric} in {name}", inside(part, name), -part.margin)
         for part in policy.slices
-        for name in sorted(set(domain))
+        for name in sorted({*domain, *served})
     ]
-
-
-def judge_limit(limit: Limit, figure: Figure | None) -> Check:
-    """A figure of the candidate against its limit, by the figure's own 95 % interval."""
-    least = limit.at_least is not None
-    threshold = limit.at_least if limit.at_least is not None else limit.at_most
-    assert threshold is not None
-    said = {"met": PASS, "not met": FAIL}.get(acceptance.judge(figure, threshold, least), HOLD)
-    figure = figure or {"value": None, "ci": None, "why": "not measured"}
-    why = "" if said == PASS else figure.get("why") or f"interval {figure['ci']}"
-    bound = figure["ci"][0 if least else 1] if figure["ci"] else None
-    sign = "≥" if least else "≤"
-    return Check(f"{limit.figure} {sign} {threshold:g}", said, why, figure["value"], bound, threshold)
 
 
 def _figures(engine: Engine, contest: Contest, ours: dict, scored: Scored) -> dict[str, Figure]:
@@ -392,7 +278,3 @@ def _means(
 ) -> dict[str, Figure]:
     ratios: list[Ratio] = [mean(values[metric], bounds) for metric in metrics]
     return dict(zip(metrics, engine.figures(ratios), strict=True))
-
-
-def _number(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None

@@ -1,33 +1,42 @@
-"""Governance: the rules that a release must hold, measured again on the files themselves.
+"""Governance: the rules that a release must hold, as far as files can tell.
 
 Each check gives the breaches that it finds.  What cannot be told is a finding too: unchecked, which is
-no pass.  Counts and rates whose data are missing in part are ranges: a rule holds where all of the
-range does, is broken where none of it does, and is unchecked between.
+no pass.  Leakage, labels and a report's point values are measured again; its intervals, its tests and its
+latencies are not, nor is what the gate once measured.
 """
 
 import collections
+import functools
 import json
+import operator
 import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import jinja2
 import msgspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from scipy.stats import rankdata
 
 from cotrr import files
 from cotrr.data import certificate, dataset, labels, runs, splits
 from cotrr.data.labels import GOLD
+from cotrr.data.lists import to_lists
 from cotrr.deploy import card, policy
 from cotrr.deploy.registry import Event, Registry, State, Version
-from cotrr.deploy.rules import MEASURED, OF_REGISTRY, Breach, unchecked
+from cotrr.deploy.rules import MEASURED, OF_REGISTRY, OF_REPORT, Breach, unchecked
 from cotrr.errors import InputError
-from cotrr.ranker import artifact
+from cotrr.evaluate import ranking
+from cotrr.ranker import artifact, model_files
+from cotrr.ranker.artifact import Model
 
 CLAIMS = ("counts", "rows_read", "overlap", "missing", "labels")  # the same bits on every machine
 KEPT = ("certificate.json", "report.json", "card.json", "card.md")  # beside a model, of its evidence
-GARBLED = (InputError, ValueError, KeyError, TypeError, AttributeError)
+TOLERANCE = 1e-4  # between figures of the same scores on two machines
+GARBLED = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError,
+           jinja2.TemplateError)  # fmt: skip
 
 
 def difference(found: Any, wanted: Any, path: str = "") -> str:
@@ -81,17 +90,22 @@ def check_data(data: Data) -> list[Breach]:
 
 def _check_certificate(data: Data) -> list[Breach]:
     found, told, tables, claimed = [], data.passport, data.tables, CLAIMS
-    if told["near_duplicates"]["pairs"] is None:  # features that people chose stand where embeddings would
-        found = unchecked(["near_duplicates"], data.folder, str(told["near_duplicates"].get("why")))
+    if told["near_duplicates"]["pairs"] is None:  # features that people chose may stand in their place
         claimed = [name for name in CLAIMS if name != "missing"]
-        tables = {name: table.drop_columns("image_embedding").append_column(
-                      "image_embedding", table["text_embedding"])
-                  for name, table in tables.items()}  # fmt: skip
+        tables = {name: _without_pictures(table) for name, table in tables.items()}
     measured = certificate.certify(tables, told["rows_dropped"], told["settings"], told["input"])
+    if measured["near_duplicates"]["pairs"] is None:
+        why = told["near_duplicates"].get("why") or measured["near_duplicates"]["why"]
+        found += unchecked(["near_duplicates"], data.folder, str(why))
     said, true = ({name: facts[name] for name in claimed} for facts in (told, files.finite(measured)))
     if what := difference(said, true):
         found.append(Breach("certificate", data.folder, what))
     return found + leaks(measured, data.folder)
+
+
+def _without_pictures(table: pa.Table) -> pa.Table:
+    at, kind = table.column_names.index("image_embedding"), table.schema.field("image_embedding").type
+    return table.set_column(at, "image_embedding", pa.chunked_array([pa.nulls(len(table), kind)]))
 
 
 def leaks(passport: dict[str, Any], where: str) -> list[Breach]:
@@ -134,7 +148,7 @@ def check_origin(run: str, data: Data) -> list[Breach]:
 def read_model(folder: str) -> dict[str, bytes]:
     """The files of a model folder, and the evidence beside them, by name."""
     beside = [pathlib.Path(folder) / name for name in KEPT]
-    return artifact.read_files(folder) | {p.name: p.read_bytes() for p in beside if p.is_file()}
+    return model_files.read_files(folder) | {p.name: p.read_bytes() for p in beside if p.is_file()}
 
 
 def check_card(where: str, content: Mapping[str, bytes]) -> list[Breach]:
@@ -157,28 +171,75 @@ def check_card(where: str, content: Mapping[str, bytes]) -> list[Breach]:
 
 
 def check_model(where: str, content: Mapping[str, bytes], data: Data) -> list[Breach]:
-    """Whether a model has learned from the test rows, and its report is of gold labels."""
+    """Whether a model has learned from the test rows, and its report has gold labels and its figures."""
     if not data.tables:
-        return unchecked(["learned_from_test"], where, "the test split cannot be read")
+        return unchecked(["learned_from_test", *OF_REPORT], where, "the test split cannot be read")
     try:
-        learned = artifact.learned_from(artifact.parse(content, where), data.tables["test"])
-        report = json.loads(content.get("report.json", b"null"))
-        told = _told_by_report(report["data"], data) if report else ""
+        model = artifact.parse(content, where)
+        learned = artifact.learned_from(model, data.tables["test"])
     except GARBLED as error:
-        return unchecked(["learned_from_test", "silver_labels"], where, f"cannot be read ({error!r})")
-    found = {"learned_from_test": learned and f"{learned} of {data.folder}", "silver_labels": told}
-    return [Breach(rule, where, what) for rule, what in found.items() if what]
+        return unchecked(["learned_from_test", *OF_REPORT], where, f"cannot be read ({error!r})")
+    found = [Breach("learned_from_test", where, f"{learned} of {data.folder}")] if learned else []
+    try:
+        told = _check_report(where, content["report.json"], model, data) if "report.json" in content else []
+    except GARBLED as error:
+        told = unchecked(OF_REPORT, where, f"its report cannot be read ({error!r})")
+    return found + told
 
 
-def _told_by_report(about: dict[str, Any], data: Data) -> str:
-    """What is wrong with the labels of a report, if anything."""
+def _check_report(where: str, content: bytes, model: Model, data: Data) -> list[Breach]:
+    """The labels of a report, and its point values against those of the model's scores."""
+    report = json.loads(content)
+    about = report["data"]
     if about["label"] != GOLD:
-        return f"the figures of its report are of {about['label']} labels"
+        what = f"the figures of its report are of {about['label']} labels"
+        return [Breach("silver_labels", where, what), *unchecked(["report_evidence"], where, what)]
     if about["certificate"] != files.digest(data.passport):
-        return ""
-    gold = pc.sum(pc.equal(data.tables[about["split"]]["label"], GOLD)).as_py() or 0
-    counted = about["candidates"]
-    return "" if counted == gold else f"its report counts {counted} candidates, where {gold} have gold labels"
+        return unchecked(OF_REPORT, where, f"its report is about other data than {data.folder}")
+    table, counted = data.tables[about["split"]], about["candidates"]
+    gold = pc.sum(pc.equal(table["label"], GOLD)).as_py() or 0
+    miscounted = f"its report counts {counted} candidates, where {gold} have gold labels"
+    found = [Breach("silver_labels", where, miscounted)] if counted != gold else []
+    wrong = [f"{'.'.join(path)} is {said}, but the model's scores give {value}"
+             for path, value in point_values(model, table).items()
+             if not _close(said := _find(report, path)["value"], value)]  # fmt: skip
+    differ = [Breach("report_evidence", where, f"{wrong[0]} ({len(wrong)} differ)")] if wrong else []
+    return found + differ
+
+
+def point_values(model: Model, table: pa.Table) -> dict[tuple[str, ...], float]:
+    """What a report says of a model's gold rankings and conflicts, by path, from the rows themselves."""
+    lists = to_lists(table, GOLD)
+    lists = lists.take(np.flatnonzero(lists.labelled.any(axis=1)))
+    scored = artifact.score(model, lists)
+    known = lists.labelled & ~np.isnan(lists.conflict)
+    conflict = _auc(scored.p_conflict[known], lists.conflict[known] >= 0.5)
+    found: dict[tuple[str, ...], float] = {
+        ("conflict", "auc"): conflict,
+        ("conflict", "systems", "reranker", "auc"): conflict,
+    }
+    domains = {("slices", str(name)): lists.domain == name for name in sorted(set(lists.domain))}
+    for metric, values in ranking.per_query(scored.logit, lists).items():
+        known = ~np.isnan(values)
+        for place, inside in {(): known, **domains}.items():
+            chosen = values[inside & known]
+            found[*place, "metrics", metric] = float(chosen.mean()) if len(chosen) else np.nan
+    return found
+
+
+def _auc(score: np.ndarray, positive: np.ndarray) -> float:
+    """Mann & Whitney's: the share of pairs in the right order, ties one half; NaN with one class."""
+    count = int(positive.sum())
+    pairs = count * (len(positive) - count)
+    return float((rankdata(score)[positive].sum() - count * (count + 1) / 2) / pairs) if pairs else np.nan
+
+
+def _find(report: Any, path: tuple[str, ...]) -> Any:
+    return functools.reduce(operator.getitem, path, report)
+
+
+def _close(said: Any, value: float) -> bool:
+    return np.isnan(value) if said is None else abs(said - value) <= TOLERANCE
 
 
 class _Judgement(msgspec.Struct):
@@ -199,7 +260,7 @@ def check_registry(registry: Registry, data: Data, policies: str) -> list[Breach
     try:
         state = registry.state()
     except InputError:
-        rules = ("missing_card", "card_evidence", "champion_evidence", "policy_changed")
+        rules = ("missing_card", "card_evidence", "champion_evidence", "policy_changed", "policy_unknown")
         return found + unchecked(rules, registry.name, "the log cannot be read")
     if not state.events:  # a wrong place or name, more likely than a new registry
         return found + unchecked(OF_REGISTRY, registry.name, "the registry is empty")
@@ -211,8 +272,7 @@ def check_registry(registry: Registry, data: Data, policies: str) -> list[Breach
             except InputError as error:
                 found += unchecked(["card_evidence"], where, str(error))
     if state.champion and (version := state.version("champion")).folder:
-        wrong = _wrong_with_champion(registry, state, version, data)
-        found += [Breach("champion_evidence", f"{registry.name}/{version.label}", what) for what in wrong]
+        found += _check_champion(registry, state, version, data)
     return found + _check_policies(registry, state, policies)
 
 
@@ -226,19 +286,23 @@ def _judgement(registry: Registry, event: Event) -> _Judgement:
         raise InputError(f"event {event.number} rests on no judgement: {error}") from None
 
 
-def _wrong_with_champion(registry: Registry, state: State, version: Version, data: Data) -> list[str]:
+def _check_champion(registry: Registry, state: State, version: Version, data: Data) -> list[Breach]:
     """What the evidence of a champion lacks; one that was rolled back to had been promoted before."""
+    breach = lambda what, checked=True: Breach(
+        "champion_evidence", f"{registry.name}/{version.label}", what, checked
+    )
     promoted = [e for e in state.events if e.kind == "promote" and e.version == version.label]
     if not promoted:
-        return ["no event has promoted it"]
+        return [breach("no event has promoted it")]
     event = promoted[-1]
     try:
         judged, kept = _judgement(registry, event), event.evidence.get("certificate")
         known = [data.passport, *([registry.evidence(kept)] if kept else [])]
         passport = next((p for p in known if files.digest(p) == judged.certificate), None)
         leaked = [b.what for b in leaks(passport, "")] if passport else ["their certificate is not kept"]
+        untold = certificate.unchecked(passport) if passport else []
     except GARBLED as error:
-        return [str(error)]
+        return [breach(str(error))]
     failed = [str(check.get("check")) for check in judged.checks if check.get("verdict") != "pass"]
     about = tuple(judged.candidate.get(name, "?") for name in ("label", "model"))
     wrong = {
@@ -246,8 +310,10 @@ def _wrong_with_champion(registry: Registry, state: State, version: Version, dat
         f"event {event.number} judged {' '.join(about)}": about != (version.label, version.model),
         f"it was judged on {judged.labels} labels": judged.labels != GOLD,
         f"not passed: {', '.join(failed) or 'there are no checks'}": failed or not judged.checks,
+        **{f"its test data: {what}": True for what in leaked},
     }
-    return [what for what, holds in wrong.items() if holds] + [f"its test data: {what}" for what in leaked]
+    return [*(breach(what) for what, holds in wrong.items() if holds),
+            *(breach(f"its test data: {what}", checked=False) for what in untold)]  # fmt: skip
 
 
 class _Named(msgspec.Struct):
@@ -255,24 +321,31 @@ class _Named(msgspec.Struct):
 
 
 def _check_policies(registry: Registry, state: State, folder: str) -> list[Breach]:
-    """Policies of one name must have one hash, in all judgements and in the folder of policies."""
+    """Policies of one name must have one hash, in log and folder; what is live was judged by one of these."""
     found, places = [], collections.defaultdict(dict)  # name → hash → where it was first seen
+    live: _Judgement | None = None  # by which the champion was promoted
     for event in state.events:
         try:
             judged = _judgement(registry, event) if event.kind in ("promote", "judge") else None
         except InputError as error:
-            found += unchecked(["policy_changed"], registry.name, str(error))
+            found += unchecked(["policy_changed", "policy_unknown"], registry.name, str(error))
             continue
         if judged:
             where, name = f"{registry.name}, event {event.number}", str(judged.policy.get("name"))
             places[name].setdefault(judged.policy_hash, where)
+            live = judged if event.kind == "promote" and event.version == state.champion else live
             if files.digest(judged.policy) != judged.policy_hash:
                 found.append(Breach("policy_changed", where, f"the hash is not that of policy {name!r}"))
     if not pathlib.Path(folder).is_dir():
         raise InputError("no folder of policies", file=folder, remedy="Name it by --policies")
+    known = set()
     for path in sorted(pathlib.Path(folder).glob("*.json")):
         if (name := policy.read(path, _Named).name) in places:
-            places[name].setdefault(policy.read(path, policy.Policy).digest, str(path))
+            known.add(digest := policy.read(path, policy.Policy).digest)
+            places[name].setdefault(digest, str(path))
+    if live and live.policy_hash not in known:
+        what = f"policy {live.policy.get('name')!r} that promoted it is no file of {folder}"
+        found.append(Breach("policy_unknown", f"{registry.name}/{state.champion}", what))
     for name, hashes in places.items():
         first, *others = hashes.values()
         found += [Breach("policy_changed", where, f"{name!r} says something else than in {first}")

@@ -32,9 +32,11 @@ class Pushed(NamedTuple):
 def push(registry: Registry, tracking_uri: str) -> Pushed:
     """Makes an MLflow server's registered model say what the log says; returns what had to change.
 
-    Raises InputError where mlflow is not installed, where the server refuses or does not answer, and
-    where a registered model of this name is there that is no mirror.
+    Raises InputError for what is no URL of a server, where mlflow is not installed, where the server refuses
+    or does not answer, and where a registered model of this name is there that is no mirror.
     """
+    if urllib.parse.urlsplit(tracking_uri).scheme not in ("http", "https"):
+        raise InputError("expected the http:// or https:// URL of an MLflow server", file=tracking_uri)
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
     try:

@@ -14,18 +14,17 @@ T = TypeVar("T")
 Metric = Literal["compliance@1", "compliance@3", "compliance@5", "ndcg@10", "ndcg_y@10",
                  "conflict_rate@1", "conflict_rate@3", "conflict_rate@5"]  # fmt: skip
 Share = Annotated[float, Meta(ge=0, le=1)]
-Change = Annotated[float, Meta(ge=-1, le=1)]
-Count = Annotated[int, Meta(ge=1)]
+Margin = Annotated[float, Meta(gt=0, le=0.5)]
 
 
 class Superiority(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The gain over the champion must be above `above`, and above `relative` of the champion's value.
+    """The gain over the champion must be above `above` plus `relative` of the champion's own value.
 
     A gain is in the metric's good direction: a conflict rate that falls by a fifth has relative 0.2.
     """
 
     metric: Metric
-    above: Change = 0.0
+    above: Share = 0.0
     relative: Share = 0.0
 
 
@@ -33,18 +32,11 @@ class NonInferiority(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The loss to the champion must be smaller than `margin`."""
 
     metric: Metric
-    margin: Share
-
-
-class Slices(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Non-inferiority in every domain."""
-
-    metric: Metric
-    margin: Share
+    margin: Margin
 
 
 class Limit(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A figure of the candidate itself must lie on one side, with all of its interval."""
+    """A figure of the candidate itself must lie on one side, with all of its 95 % interval."""
 
     figure: Metric | Literal["conflict_auc", "conflict_ece", "coverage", "latency_p95_ms"]
     at_least: float | None = None
@@ -58,17 +50,17 @@ class Limit(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """All must hold for a promotion; a changed policy needs a new name."""
 
-    name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+    name: Annotated[str, Meta(pattern=r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")]
     description: str
     superiority: Annotated[list[Superiority], Meta(min_length=1)]
     non_inferiority: list[NonInferiority] = []
-    slices: list[Slices] = []
+    slices: list[NonInferiority] = []  # in every domain
     limits: list[Limit] = []
-    level: Annotated[float, Meta(ge=0.8, lt=1)] = 0.95  # of every one-sided bound
+    level: Annotated[float, Meta(ge=0.9, lt=1)] = 0.95  # of the one-sided bound of every gain
     first_champion: Literal["clip", "so", "rule", "dual"] = "rule"  # where nothing of ours is live
     cluster_by: Annotated[str, Meta(min_length=1)] = "query_id"
-    minimum_clusters: Count = 50
-    maximum_looks: Count = 5  # at one test set, whatever came of them
+    minimum_clusters: Annotated[int, Meta(ge=10)] = 50
+    maximum_looks: Annotated[int, Meta(ge=1, le=100)] = 5  # at one test set, whatever came of them
     experiment: Literal["required", "if given"] = "if given"  # an A/B verdict
 
     @property

@@ -137,7 +137,10 @@ def _is_broken(sight: Sight, home: pathlib.Path) -> bool | None:
     except ValueError:
         return True
     if url.scheme in ("", "file"):
-        return not os.path.isfile(home / unquote(url.path))
+        # A run may be anybody's: what lies outside of its folder is not told, not even whether it is there.
+        path = pathlib.Path(os.path.abspath(home / unquote(url.path)))
+        inside = not url.netloc and path.is_relative_to(os.path.abspath(home))
+        return not path.is_file() if inside else None
     status = sight.fields.get("http_status", sight.fields.get("url_status"))
     return None if status is None else status not in range(200, 400)
 

@@ -25,6 +25,8 @@ from cotrr.ranker import model_files
 
 Kind = Literal["register", "import", "alias", "adopt", "judge", "promote", "rollback", "canary"]
 ALIASES = ("champion", "challenger", "shadow")
+GROUNDS = ("judgement", "certificate", "policy")  # evidence that every promotion names
+AHEAD = datetime.timedelta(minutes=5)  # a clock that is further ahead than this is wrong
 EVENT_LIMIT, MANIFEST_LIMIT, EVIDENCE_LIMIT = 2**18, 2**20, 2**26  # bytes
 FILES_LIMIT, VERSION_LIMIT = 64, 2**30  # files of a version, and bytes of all of them
 FORMAT = 1
@@ -97,6 +99,12 @@ class State(NamedTuple):
     blocked: frozenset[str] = frozenset()  # by a canary, until another passes
 
     @property
+    def way_back(self) -> str:
+        """What a rollback makes live: the newest of the past that no canary blocks; "" where none is."""
+        passed_over = self.blocked | {self.champion}
+        return next((label for label in self.past[::-1] if label not in passed_over), "")
+
+    @property
     def head(self) -> str:
         """SHA-256 of the newest event."""
         return self.events[-1].digest if self.events else ""
@@ -159,6 +167,9 @@ class State(NamedTuple):
             raise InputError(
                 f"{label or 'nothing'} is {'' if ours else 'not '}registered here: no {event.kind}"
             )
+        if event.kind == "promote" and not _is_grounded(event):
+            raise InputError(f"event {event.number} promotes {label} without evidence",
+                             remedy="A version goes live by the gate, or back by `rollback`")  # fmt: skip
         if event.kind == "rollback":
             if label not in self.past:
                 raise InputError(f"{label} is not among what was live before",
@@ -221,7 +232,8 @@ class Registry:
             key, data = self._event_key(event.number), _encode(_Stored(event, event.digest))
             event = self._decode_event(key, data)  # as every reader will, to be refused here instead
             state.step(event)
-            if self.store.put(key, data):
+            # A store that was asked again after its answer got lost says no to what is there: our own.
+            if self.store.put(key, data) or self.store.get(key, EVENT_LIMIT) == data:
                 return event
 
     def register(self, content: Mapping[str, bytes], facts: Mapping[str, Any], actor: str) -> Version:
@@ -295,13 +307,16 @@ class Registry:
             raise InputError(f"is {found.facts['version']}, not {version.model}", file=folder)
         return found
 
-    def rollback(self, actor: str, to: str | None = None, reason: str = "") -> Event:
-        """Makes the version before the champion live again, or version `to`; verifies its files first.
+    def rollback(
+        self, actor: str, to: str | None = None, reason: str = "", expected: str | None = None
+    ) -> Event:
+        """Makes `State.way_back` live again, or version `to`, blocked or not; verifies its files first.
 
         A version of Step 4's own, or none at all, has no files here: Step 4 then serves as it did.
-        Raises InputError where another version goes live meanwhile, lest two go back by two.
+        Raises InputError where another version than `expected`, a label, is live: unless given, than
+        what is live now, lest two go back by two.
         """
-        before = self.state().champion
+        before = self.state().champion if expected is None else expected
 
         def draft(state: State) -> Draft:
             if not before:
@@ -309,7 +324,7 @@ class Registry:
             if state.champion != before:
                 raise InputError(f"meanwhile {state.champion or 'nothing'} is live, no longer {before}",
                                  remedy="See what happened, then decide again")  # fmt: skip
-            target = state.version(to).label if to else state.past[-1]
+            target = state.version(to).label if to else state.way_back
             if target and state.version(target).folder:
                 self.contents(state.version(target))
             return Draft(kind="rollback", actor=actor, version=target, facts={"reason": reason})
@@ -327,9 +342,13 @@ class Registry:
             keys = self.store.keys(self.name)
         except InputError as error:
             return [str(error)], []
+        if not keys:
+            return [f"{self.name}: nothing here"], []
         fresh, notes = Registry(self.store, self.name), list[str]()
         problems = broken = _told(fresh.state)
-        state = fresh._state
+        state, now = fresh._state, datetime.datetime.fromisoformat(self._clock())
+        if state.events and (at := state.events[-1].at) > stamp(now + AHEAD):  # all later ones will say so
+            problems = [*problems, f"event {len(state.events)} is of {at}, which is in the future"]
         for version in state.versions:
             if version.folder:
                 problems = problems + _told(lambda v=version: self.contents(v))
@@ -446,6 +465,12 @@ def _fact(event: Event, name: str, kind: type) -> Any:
     if not isinstance(value, kind):
         raise InputError(f"event {event.number} lacks `{name}`", field=name)
     return value
+
+
+def _is_grounded(event: Event) -> bool:
+    """Whether a promotion rests on a judgement that said so."""
+    grounds = [event.evidence.get(what, "") for what in GROUNDS]
+    return all(map(SHA256.fullmatch, grounds)) and event.facts.get("verdict") == "PROMOTE"
 
 
 def stamp(moment: datetime.datetime) -> str:

@@ -14,6 +14,7 @@ from cotrr import files, shards
 from cotrr.data import runs
 from cotrr.data.lists import Lists, to_lists
 from cotrr.data.rows import Piece
+from cotrr.deploy.reranker import arrange
 from cotrr.deploy.scorer import Query, Scorer
 from cotrr.deploy.store import open_store
 from cotrr.errors import InputError
@@ -39,20 +40,6 @@ class Job(NamedTuple):
         return {k: v for k, v in self._asdict().items() if k not in ("model", "output")}
 
 
-def order(logits: np.ndarray, where: np.ndarray, top_m: int) -> np.ndarray:
-    """Candidates of one list, best first: the first `top_m` by logit, the rest as they came.
-
-    `logits` [n], `where` [n] bool with the candidates in front; `top_m` 0 reranks all.  Equal
-    logits keep their original order.
-
-    >>> order(np.array([0.1, 0.9, 0.5, 2.0]), np.ones(4, bool), top_m=3)
-    array([1, 2, 0, 3])
-    """
-    count = int(where.sum())
-    head = min(top_m or count, count)
-    return np.concatenate([np.argsort(-logits[:head], kind="stable"), np.arange(head, count)])
-
-
 def left_behind(lists: Lists, scored: Scored, top_m: int) -> int:
     """Queries whose highest score stands behind the first `top_m` candidates, so it stays there."""
     return int((scored.logit.argmax(axis=1) >= top_m).sum()) if top_m else 0
@@ -70,7 +57,7 @@ def lines(table: pa.Table, lists: Lists, scored: Scored, top_m: int, version: st
     keys = table.select(KEPT).to_pylist()
     number = lambda value: round(float(value), 6) if np.isfinite(value) else None
     for q in range(len(lists.query_id)):
-        for rank, i in enumerate(order(scored.logit[q], lists.where[q], top_m), 1):
+        for rank, i in enumerate(arrange(scored.logit[q][lists.where[q]], top_m=top_m), 1):
             row = int(lists.row[q, i])
             added = {
                 "rerank_score": number(scored.score[q, i]),

@@ -27,7 +27,8 @@ RULES = {
     "photographers": Rule("a run has at least so many photographers by domain: field `photographer`",
                           "Add pictures by others, or have the lines name `photographer`"),
     "broken_urls": Rule("at most this share of the new pictures' URLs is broken: no such file (relative to "
-                        "the run), or `http_status`, else `url_status`, outside 200-399",
+                        "the run), or `http_status`, else `url_status`, outside 200-399; files outside of "
+                        "the run's folder are not looked at",
                         "Remove these pictures, or have the lines state `http_status`"),
     "duplicates": Rule("at most this share of the new pictures is there under another canonical_id too: by "
                        "URL, or by image embedding", "Give one picture one canonical_id"),
@@ -35,6 +36,9 @@ RULES = {
                          "Register it with its report: python -m experiments.registry register"),
     "card_evidence": Rule("both cards are what the model, certificate.json and report.json beside them give",
                           "Register the model again, with its report"),
+    "report_evidence": Rule("the point values of a report (ranking metrics, by domain too, and conflict AUC) "
+                            "are those of the model's scores on the data that it names",
+                            "Evaluate again: python -m experiments.evaluate, then register with its report"),
     "learned_from_test": Rule("the model has learned from no query or picture of the test split",
                               "Test it on data that it has not seen"),
     "broken_chain": Rule("every byte of the registry is as it was written", "Restore it from a copy"),
@@ -42,10 +46,13 @@ RULES = {
                               "gold labels and data without leakage", "Roll back, or promote it by the gate"),
     "policy_changed": Rule("policies of one name, in the log and in the folder, say the same",
                            "Give the changed policy a new name"),
+    "policy_unknown": Rule("the policy that what is live was promoted by is a file of the folder, defaults "
+                           "included", "Promote it by one of these, or put the policy there after review"),
 }  # fmt: skip
 MEASURED = ("leakage", "near_duplicates", "label_leakage", "silver_labels")
 OF_RUN = ("domain_cap", "photographers", "broken_urls", "duplicates")
-OF_REGISTRY = ("broken_chain", "champion_evidence", "policy_changed")
+OF_REPORT = ("silver_labels", "report_evidence")
+OF_REGISTRY = ("broken_chain", "champion_evidence", "policy_changed", "policy_unknown")
 
 
 class Breach(NamedTuple):

@@ -2,7 +2,8 @@
 
 A key is a path of strict names.  What is put stays as it is: nothing is overwritten, nothing is
 removed.  On a file system a file is written aside, flushed, and linked to its name, which fails where
-the name is taken; an object store does the same by a conditional PUT, through fsspec.
+the name is taken; an object store does the same by a conditional PUT, through fsspec, and must refuse
+a second one before anything is put into it.
 """
 
 import contextlib
@@ -18,7 +19,7 @@ from cotrr.errors import InputError
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 DEPTH = 4
-ASIDE = ".aside"  # of a local store: files that are being written, or that a killed process left
+ASIDE = ".aside"  # files that are being written or that a killed process left; a store's self-test
 FOLDER = os.O_RDONLY | os.O_DIRECTORY
 # Protocols of fsspec that put with a condition which the store itself checks.  Others look first and
 # write then (`file`), or are not known to do better.
@@ -175,13 +176,15 @@ class FsspecStore:
         if not CONDITIONAL.intersection(_protocols(system)):
             raise InputError(f"{type(system).__name__} is not known to write only where nothing is there",
                              file=root, remedy=f"Known are: {', '.join(sorted(CONDITIONAL))}")  # fmt: skip
-        self._system, self._root = system, root.rstrip("/")
+        self._system, self._root, self._tested = system, root.rstrip("/"), False
 
     def put(self, key: str, data: bytes) -> bool:
         """A conditional PUT (If-None-Match: *)."""
         path = f"{self._root}/{check_key(key)}"
         if self._exists(path):  # saves the upload where it is plain
             return False
+        if not self._tested:
+            self._test()
         try:
             self._system.pipe_file(path, data, mode="create")
             return True
@@ -213,6 +216,21 @@ class FsspecStore:
         start = f"{self._root}/{check_key(prefix)}/"
         return sorted("/".join([prefix, *map(_readable, path.removeprefix(start).split("/"))])
                       for path in self._system.find(start) if path.startswith(start))  # fmt: skip
+
+    def _test(self) -> None:
+        """Creates one key twice: a server that lets the second pass (an old one, a proxy) is refused."""
+        path = f"{self._root}/{ASIDE}/twice"
+        with contextlib.suppress(OSError):  # an earlier test created it
+            self._system.pipe_file(path, b"", mode="create")
+        try:
+            self._system.pipe_file(path, b"", mode="create")
+        except OSError:
+            if not self._exists(path):
+                raise
+            self._tested = True
+            return
+        raise InputError("this store overwrites what is to be created only", file=self._root,
+                         remedy="Use one that honours If-None-Match")  # fmt: skip
 
     def _exists(self, path: str) -> bool:
         self._system.invalidate_cache()

@@ -4,9 +4,9 @@ import functools
 import pathlib
 import tempfile
 
-from cotrr.deploy.registry import Registry
+from cotrr.deploy.registry import GROUNDS, Draft, Registry
 from cotrr.deploy.store import LocalStore
-from cotrr.ranker import artifact
+from cotrr.ranker import artifact, model_files
 from tests.ranker.test_artifact import make_model
 
 
@@ -15,7 +15,7 @@ def model_files(number: int = 1) -> dict[str, bytes]:
     """The files of a model folder; each number gives another model."""
     with tempfile.TemporaryDirectory() as folder:
         artifact.save(_model()._replace(provenance={"best_epoch": number}), folder)
-        return artifact.read_files(folder)
+        return model_files.read_files(folder)
 
 
 @functools.cache
@@ -37,3 +37,13 @@ def make_registry(folder: pathlib.Path, versions: int = 0) -> Registry:
     for number in range(1, versions + 1):
         registry.register(model_files(number), {"number": number}, "tester")
     return registry
+
+
+def promotion(registry: Registry, label: str, actor: str = "tester", judgement=None, **facts) -> Draft:
+    """A promotion of a version on such grounds as the log asks for."""
+    grounds = registry.put_evidence({"verdict": "PROMOTE"})
+    evidence = dict.fromkeys(GROUNDS, grounds)
+    if judgement is not None:
+        evidence["judgement"] = registry.put_evidence(judgement)
+    return Draft(kind="promote", actor=actor, version=label, evidence=evidence,
+                 facts={"verdict": "PROMOTE", **facts})  # fmt: skip

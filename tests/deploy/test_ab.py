@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import functools
 import json
 import os
 import pathlib
@@ -18,6 +19,7 @@ from cotrr import files
 from cotrr.deploy import ab, interleaving
 from cotrr.deploy import experiment as online
 from cotrr.errors import InputError
+from tests.deploy.test_card import spoil
 
 few = settings(max_examples=150, deadline=None, derandomize=True, database=None)
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -93,6 +95,11 @@ class TestExperiment:
             ({"promotion_criteria": [{"metric": "m", "at_leest": 0}]}, "at_leest"),
             ({"promotion_criteria": [{"metric": "conflict_rate", "at_least": 0.1}]}, "wrong side"),
             ({"rollback_criteria": [{"metric": "compliance_at_1", "at_least": -0.05}]}, "wrong side"),
+            ({"promotion_criteria": [{"metric": "compliance_at_1", "at_least": -0.5}]}, "promote a harm"),
+            ({"promotion_criteria": [{"metric": "conflict_rate", "at_most": 0.1}]}, "promote a harm"),
+            ({"promotion_criteria": [{"metric": "m", "at_least": -0.5}]}, "promote a harm"),
+            ({"rollback_criteria": [{"metric": "compliance_at_1", "at_most": 0.05}]}, "roll back a gain"),
+            ({"rollback_criteria": [{"metric": "m", "at_least": -0.1}]}, "roll back a gain"),
             ({"metrics": {"latency": {"margin": 5}}}, "higher_is_better"),
             ({"mode": "interleave"}, "interleaving"),
             ({"promotion_criteria": [{"metric": "interleaving", "at_least": 0}]}, "mode interleave"),
@@ -422,6 +429,76 @@ class TestInterleaving:
         assert doubted["exposures"]["crossed_units"] == 1
 
 
+@functools.cache
+def _written(**rates) -> str:
+    """What `analyze` writes, as JSON."""
+    exp = experiment(metrics={"complaints": {"higher_is_better": False, "margin": 0.05}})
+    result = ab.analyse(exp, *records(exp, **dict(rates))).result
+    inputs = {name: {"file": name, "sha256": "0a" * 32} for name in ("experiment", "exposures", "outcomes")}
+    return json.dumps(result | {"inputs": inputs})
+
+
+def written(complaints=(0.1, 0.1), **rates):
+    return json.loads(_written(**GOOD | rates, complaints=complaints))
+
+
+class TestReadVerdict:
+    def test_what_analyze_writes_is_read(self):
+        assert ab.read_verdict(written()) == ("v1", "v2", "promote", "")
+        assert ab.read_verdict(written(compliance_at_1=(0.7, 0.5))).verdict == "rollback"
+        assert ab.read_verdict(written(complaints=(0.1, 0.3))).verdict == "rollback"
+        undecided = ab.read_verdict(written(compliance_at_1=(0.6, 0.6)))
+        assert undecided.verdict == "continue" and "not shown: compliance_at_1" in undecided.held
+        exp = experiment(mode="shadow")
+        shadow = ab.analyse(exp, online.Log([]), online.Log([])).result | {"inputs": written()["inputs"]}
+        assert ab.read_verdict(files.finite(shadow)).held.startswith("shadow")
+
+    @pytest.mark.parametrize(
+        ("path", "value", "field"),
+        [
+            ("checks promotion", [], "checks.promotion"), ("checks", ..., "checks"),
+            ("checks promotion 0 met", False, r"checks.promotion\[0\].met"),
+            ("checks promotion 1 ci", [-0.1, 0.1], r"checks.promotion\[1\].met"),
+            ("checks promotion 0 ci", None, r"checks.promotion\[0\].met"),
+            ("checks guardrails", [], "checks.guardrails"), ("status", "running", "status"),
+            ("verdict", "continue", "status"), ("verdict", "rollback", "checks.rollback"),
+            ("verdict", "ship it", "verdict"), ("mode", "shadow", "mode"),
+            ("promotion_criteria", [{"metric": "compliance_at_1", "at_least": -1}], "promotion_criteria"),
+            ("promotion_criteria", [{"metric": "compliance_at_1", "at_least": 0}], "checks.promotion"),
+            ("sample_ratio p", 1e-5, "sample_ratio"), ("sample_ratio p", None, "sample_ratio"),
+            ("metrics conflict_rate sample_ratio_p", 1e-5, "sample_ratio"),
+            ("exposures crossed_units", 1, "sample_ratio"),
+            ("inputs outcomes sha256", "abc", "inputs.outcomes.sha256"), ("inputs", ..., "inputs"),
+            ("candidate_version", "", "candidate_version"), ("metrics", 3, "metrics"),
+        ],
+    )  # fmt: skip
+    def test_a_verdict_that_does_not_follow_is_refused(self, path, value, field):
+        content = written()
+        *parents, last = [int(step) if step.isdigit() else step for step in path.split()]
+        place = functools.reduce(lambda found, step: found[step], parents, content)
+        if value is ...:
+            del place[last]
+        else:
+            place[last] = value
+        with pytest.raises(InputError, match=f"field `{field}"):
+            ab.read_verdict(content)
+
+    def test_three_words_are_no_verdict(self):
+        with pytest.raises(InputError, match="missing required field"):
+            ab.read_verdict({"baseline_version": "v1", "candidate_version": "v2", "verdict": "promote"})
+
+    @few
+    @given(st.data())
+    def test_garbage_gets_an_input_error(self, data):
+        content = spoil(data, written())
+        with contextlib.suppress(InputError):
+            found = ab.read_verdict(content)
+            assert found[:2] == (content["baseline_version"], content["candidate_version"])
+        for junk in ([], 3, None, {"metrics": []}):
+            with pytest.raises(InputError):
+                ab.read_verdict(junk)
+
+
 class TestLauncher:
     def run(self, *arguments, fails=0):
         found = subprocess.run([sys.executable, "-m", "experiments.ab", *map(str, arguments)], cwd=ROOT,
@@ -448,6 +525,7 @@ class TestLauncher:
         result = json.loads((output / "experiment.json").read_text())
         assert f"{result['verdict']} ({result['status']})" in said
         assert result["verdict"] == "promote" and "experiments.registry promote" in said
+        assert ab.read_verdict(result).verdict == "promote"
         assert result["inputs"]["outcomes"]["sha256"] == files.sha256(tmp_path / "outcomes.jsonl")
         text = (output / "experiment.md").read_text()
         assert "# cotrr-v2: promote" in text and "| compliance_at_1 |" in text
@@ -462,3 +540,16 @@ class TestLauncher:
         (tmp_path / "e.json").write_text(json.dumps(STEP4))
         said = self.run("assign", f"--experiment={tmp_path / 'e.json'}", "--output=x", fails=2)
         assert "--units is required" in said
+
+    def test_neither_definition_nor_training_is_overwritten(self, tmp_path):
+        text = json.dumps(STEP4)
+        (tmp_path / "experiment.json").write_text(text)
+        (tmp_path / "log").write_text("")
+        logs = [f"--{name}={tmp_path / 'log'}" for name in ("exposures", "outcomes")]
+        call = ["analyze", f"--experiment={tmp_path / 'experiment.json'}", *logs]
+        assert "would replace --experiment" in self.run(*call, f"--output={tmp_path}", fails=2)
+        assert (tmp_path / "experiment.json").read_text() == text
+        (tmp_path / "run" / "tensorboard").mkdir(parents=True)
+        (tmp_path / "run" / "config.json").write_text("{}")
+        assert "this is a training folder" in self.run(*call, f"--output={tmp_path / 'run'}", fails=2)
+        assert (tmp_path / "run" / "tensorboard").exists()

@@ -5,6 +5,7 @@ import functools
 import json
 
 import pytest
+from hypothesis import strategies as st
 
 from cotrr import files
 from cotrr.deploy import card
@@ -19,13 +20,27 @@ CERTIFICATE = {
     "counts": {name: {"rows": 90, "queries": 24, "pictures": 30, "domains": 2}
                for name in ("train", "validation", "test")},
     "rows_read": 300, "rows_dropped": 30,
-    "overlap": {key: {"train/test": 0} for key in ("canonical_id", "query_id")},
+    "overlap": {key: {pair: 0 for pair in ("train/validation", "train/test", "validation/test")}
+                for key in ("canonical_id", "query_id")},
     "near_duplicates": {"cosine_above": 0.98, "pairs": 0, "examples": []},
     "label_leakage": {}, "missing": {"brightness": 1.0, "contrast": 0.1},
     "labels": {"gold": 1.0, "silver": 0.0, "none": 0.0},
     "settings": {"compliance_weight": 0.7, "split": {"method": "strict"}},
     "settings_hash": "", "input": {"input": "runs/one", "manifest": {}}, "files": {},
 }  # fmt: skip
+
+
+def spoil(data, content):
+    """A copy of JSON with one value somewhere inside of it replaced; `data` draws where and by what."""
+    spoiled = {"": copy.deepcopy(content)}
+    here, key = spoiled, ""
+    while here[key] and isinstance(here[key], dict | list):
+        if here is not spoiled and not data.draw(st.integers(0, 3)):
+            break
+        here = here[key]
+        key = data.draw(st.sampled_from([*here] if isinstance(here, dict) else range(len(here))))
+    here[key] = data.draw(st.sampled_from([None, [], {}, "", "\0", -1, True, 1e300, [[3]], {"a": {}}, ["a"]]))
+    return spoiled[""]
 
 
 @functools.cache

@@ -15,7 +15,7 @@ import pytest
 from cotrr.deploy import mirror
 from cotrr.deploy.registry import Draft
 from cotrr.errors import InputError
-from tests.deploy.small import make_registry, model_files
+from tests.deploy.small import make_registry, model_files, promotion
 
 SERVER = ("mlflow", "alembic", "flask", "flask_cors", "huey", "aiohttp", "pandas")
 MISSING = [name for name in SERVER if importlib.util.find_spec(name) is None]
@@ -77,6 +77,8 @@ def client(server):
 
 
 def act(registry, kind, version, **facts):
+    if kind == "promote":
+        return registry.append(lambda state: promotion(registry, version, **facts))
     return registry.append(lambda state: Draft(kind=kind, actor="tester", version=version, facts=facts))
 
 
@@ -135,6 +137,15 @@ def test_a_server_that_does_not_answer_is_an_input_error(tmp_path, server, monke
         port = closed.getsockname()[1]
     with pytest.raises(InputError, match=f"127.0.0.1:{port}: .*running"):
         mirror.push(make_registry(tmp_path), f"http://127.0.0.1:{port}")
+
+
+@pytest.mark.parametrize(
+    "uri", ["foo", "", "sqlite:///x.db", "file:///tmp/x", "http", "//host", "databricks"]
+)
+def test_what_is_no_url_of_a_server_is_told_in_one_line(tmp_path, uri):
+    with pytest.raises(InputError, match="expected the http:// or https:// URL") as caught:
+        mirror.push(make_registry(tmp_path), uri)
+    assert "\n" not in str(caught.value)
 
 
 def test_without_mlflow_it_is_said_what_to_install(tmp_path, monkeypatch):

@@ -19,11 +19,20 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cotrr.deploy.registry import EVENT_LIMIT, FILES_LIMIT, MANIFEST_LIMIT, Draft, Registry, State, stamp
+from cotrr.deploy.registry import (
+    EVENT_LIMIT,
+    FILES_LIMIT,
+    GROUNDS,
+    MANIFEST_LIMIT,
+    Draft,
+    Registry,
+    State,
+    stamp,
+)
 from cotrr.deploy.store import LocalStore, open_store
 from cotrr.errors import InputError
 from cotrr.ranker.model_files import FILES, TABLES, version_of
-from tests.deploy.small import make_registry, model_files, ticking
+from tests.deploy.small import make_registry, model_files, promotion, ticking
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -56,9 +65,9 @@ def history(tmp_path_factory):
     put(registry, "adopt", "v4")
     judgement = registry.put_evidence({"verdict": "HOLD", "value": 0.25})
     put(registry, "judge", "v1", evidence={"judgement": judgement})
-    put(registry, "promote", "v1", evidence={"judgement": judgement})
+    registry.append(lambda state: promotion(registry, "v1", judgement={"verdict": "PROMOTE", "value": 0.5}))
     put(registry, "alias", "v2", facts={"alias": "challenger"})
-    put(registry, "promote", "v2")
+    promote(registry, "v2")
     put(registry, "canary", "v2", facts={"blocks": True})
     registry.rollback("tester")
     return folder
@@ -93,7 +102,7 @@ def put(registry, kind, version, **more):
 
 
 def promote(registry, version):
-    return put(registry, "promote", version)
+    return registry.append(lambda state: promotion(registry, version))
 
 
 def sha(data):
@@ -103,6 +112,8 @@ def sha(data):
 ORDER = ("kind", "actor", "version", "evidence", "facts", "number", "previous", "at", "champion")
 HASH = "0" * 64
 REGISTER = {"kind": "register", "version": "v1", "facts": {"model": "m-1", "manifest": HASH}}
+PROMOTE = {"kind": "promote", "version": "v1", "facts": {"verdict": "PROMOTE"},
+           "evidence": {"certificate": HASH, "judgement": HASH, "policy": HASH}}  # fmt: skip
 IMPORT = {"kind": "import", "version": "v1", "facts": {"model": "theirs"}}
 
 
@@ -212,7 +223,7 @@ def test_promotion_is_refused_if_the_champion_is_another_by_then(registry):
             promote(other, "v3")
         if state.champion != "":
             raise InputError(f"meanwhile {state.champion} is live")
-        return Draft(kind="promote", actor="tester", version="v1")
+        return promotion(registry, "v1")
 
     with pytest.raises(InputError, match="meanwhile v3 is live"):
         registry.append(draft)
@@ -226,7 +237,7 @@ def test_a_write_that_comes_second_goes_under_the_next_number(registry):
     def draft(state):
         if not first:
             first.append(put(other, "judge", "v3"))
-        return Draft(kind="promote", actor="tester", version="v1")
+        return promotion(registry, "v1")
 
     event = registry.append(draft)
     assert event.number == first[0].number + 1 and event.previous == first[0].digest
@@ -302,6 +313,73 @@ def test_two_who_roll_back_at_once_go_back_once(registry):
     with pytest.raises(InputError, match="meanwhile v2 is live, no longer v3"):
         late.rollback("tester")
     assert registry.state().champion == "v2"
+
+
+def test_a_rollback_from_a_version_leaves_another_live(registry):
+    for label in ("v1", "v2", "v3"):
+        promote(registry, label)
+    for expected in ("v2", ""):
+        with pytest.raises(InputError):
+            registry.rollback("tester", expected=expected)
+    assert registry.state().champion == "v3"
+    assert registry.rollback("tester", expected="v3").version == "v2"
+
+
+def test_a_rollback_passes_over_what_is_blocked_unless_it_is_named(registry):
+    for label in ("v1", "v2", "v3"):
+        promote(registry, label)
+    put(registry, "canary", "v2", facts={"blocks": True})
+    assert registry.rollback("tester").version == "v1"
+    assert registry.state().past == ("",)
+    promote(registry, "v3")
+    put(registry, "canary", "v1", facts={"blocks": True})
+    assert registry.state().way_back == ""
+    assert registry.rollback("tester", to="v1").version == "v1"
+    promote(registry, "v3")
+    assert registry.rollback("tester").version == "" == registry.state().champion
+
+
+def test_a_rollback_does_not_go_back_to_what_is_live(registry):
+    for label in ("v1", "v2", "v1"):
+        promote(registry, label)
+    put(registry, "canary", "v2", facts={"blocks": True})
+    assert registry.rollback("tester").version == ""
+
+
+@pytest.mark.parametrize("change", [
+    {"evidence": {}}, {"facts": {}}, {"facts": {"verdict": "HOLD"}}, {"facts": {"verdict": True}},
+    *({"evidence": {**dict.fromkeys(GROUNDS, "0" * 64), what: "0" * 63}} for what in GROUNDS),
+    *({"evidence": {other: "0" * 64 for other in GROUNDS if other != what}} for what in GROUNDS),
+])  # fmt: skip
+def test_a_version_goes_live_only_on_evidence(registry, change):
+    before = registry.store.keys("cotrr")
+    draft = msgspec.structs.replace(promotion(registry, "v1"), **change)
+    with pytest.raises(InputError, match="promotes v1 without evidence"):
+        registry.append(lambda state: draft)
+    assert [key for key in registry.store.keys("cotrr") if "/evidence/" not in key] == before
+
+
+def test_evidence_that_an_event_names_and_that_is_missing_is_found(registry):
+    grounds = msgspec.structs.replace(promotion(registry, "v1"), evidence=dict.fromkeys(GROUNDS, HASH))
+    registry.append(lambda state: grounds)
+    assert registry.verify()[0] == [f"cotrr/evidence/{HASH}.json: missing"]
+
+
+def test_a_put_that_succeeded_but_whose_answer_was_lost_is_ours(registry):
+    store = registry.store
+    put_for_real = store.put
+    store.put = lambda key, data: put_for_real(key, data) and "/events/" not in key
+    event = put(registry, "judge", "v1")
+    assert registry.state().events[-1] == event and event.number == 4
+
+
+def test_a_clock_that_was_ahead_is_told(registry):
+    noon = datetime.datetime(2030, 1, 1, 12, tzinfo=datetime.UTC)
+    clock = lambda minutes: lambda: stamp(noon + datetime.timedelta(minutes=minutes))
+    put(Registry(registry.store, clock=clock(0)), "judge", "v1")
+    assert Registry(registry.store, clock=clock(-4)).verify() == ([], [])
+    (problem,) = Registry(registry.store, clock=clock(-6)).verify()[0]
+    assert problem == "event 4 is of 2030-01-01T12:00:00.000000+00:00, which is in the future"
 
 
 def test_what_step_4_had_live_is_gone_back_to_without_files(registry):
@@ -387,7 +465,7 @@ def test_a_thousand_events_are_read_in_no_time(tmp_path):
 
 def test_a_registry_that_is_not_there_is_empty(tmp_path):
     registry = Registry(LocalStore(tmp_path / "nowhere"))
-    assert registry.state() == State() and registry.verify() == ([], [])
+    assert registry.state() == State() and registry.verify() == (["cotrr: nothing here"], [])
     assert not (tmp_path / "nowhere").exists()
 
 
@@ -401,7 +479,7 @@ def test_names_are_apart(tmp_path):
     one, two = (Registry(LocalStore(tmp_path), name, ticking()) for name in ("one", "two"))
     one.register(model_files(1), {}, "tester")
     assert two.state() == State()
-    assert one.verify() == two.verify() == ([], [])
+    assert one.verify() == ([], []) and two.verify() == (["two: nothing here"], [])
 
 
 # What is not written.
@@ -482,7 +560,7 @@ def test_a_registration_finds_what_another_began_and_ends_it(tmp_path):
     folder = whole.state().versions[0].folder
     begun = make_registry(tmp_path / "begun")
     begun.store.put(f"cotrr/versions/{folder}/model.json", model_files(1)["model.json"])
-    assert begun.verify() == (
+    assert Registry(begun.store, clock=ticking()).verify() == (
         [], [f"cotrr/versions/{folder}/model.json: of no version (its registration did not end)"]
     )  # fmt: skip
     begun.register(model_files(1), {"number": 1}, "tester")
@@ -509,9 +587,8 @@ def test_other_bytes_under_a_name_that_is_a_hash_are_told(tmp_path, found):
 
 
 CONTRADICTIONS = {
-    "a promotion that saw another champion": [REGISTER, {"kind": "promote", "version": "v1",
-                                              "champion": "v1"}],
-    "a rollback that saw another champion": [REGISTER, {"kind": "promote", "version": "v1"},
+    "a promotion that saw another champion": [REGISTER, PROMOTE | {"champion": "v1"}],
+    "a rollback that saw another champion": [REGISTER, PROMOTE,
                                              {"kind": "rollback", "version": ""}],
     "a number too low": [REGISTER, {"kind": "judge", "version": "v1", "number": 1}],
     "a number too high": [REGISTER, {"kind": "judge", "version": "v1", "number": 3}],
@@ -524,17 +601,19 @@ CONTRADICTIONS = {
     "a previous of the first": [REGISTER | {"previous": HASH}],
     "time that goes back": [REGISTER, {"kind": "judge", "version": "v1",
                             "at": "2025-01-01T00:00:00.000000+00:00"}],
-    "promotion of none": [REGISTER, {"kind": "promote", "version": ""}],
-    "promotion of a version that is not there": [REGISTER, {"kind": "promote", "version": "v2"}],
-    "promotion by the name of a model": [REGISTER, {"kind": "promote", "version": "m-1"}],
+    "promotion of none": [REGISTER, PROMOTE | {"version": ""}],
+    "promotion of a version that is not there": [REGISTER, PROMOTE | {"version": "v2"}],
+    "promotion by the name of a model": [REGISTER, PROMOTE | {"version": "m-1"}],
     "promotion by an alias": [REGISTER, {"kind": "alias", "version": "v1", "facts": {"alias": "shadow"}},
-                              {"kind": "promote", "version": "shadow"}],
-    "promotion of what is live": [REGISTER, {"kind": "promote", "version": "v1"},
-                                  {"kind": "promote", "version": "v1", "champion": "v1"}],
-    "promotion of Step 4's own": [IMPORT, {"kind": "promote", "version": "v1"}],
+                              PROMOTE | {"version": "shadow"}],
+    "promotion of what is live": [REGISTER, PROMOTE,
+                                  PROMOTE | {"champion": "v1"}],
+    "promotion of Step 4's own": [IMPORT, PROMOTE],
     "promotion of a blocked version": [REGISTER, {"kind": "canary", "version": "v1",
                                        "facts": {"blocks": True}},
-                                       {"kind": "promote", "version": "v1"}],
+                                       PROMOTE],
+    "promotion without evidence": [REGISTER, PROMOTE | {"evidence": {}}],
+    "promotion without a verdict": [REGISTER, PROMOTE | {"facts": {}}],
     "adoption of ours": [REGISTER, {"kind": "adopt", "version": "v1"}],
     "adoption of nothing when nothing is live": [IMPORT, {"kind": "adopt", "version": ""}],
     "rollback to what was never live": [REGISTER, {"kind": "rollback", "version": "v1"}],
@@ -581,7 +660,7 @@ def test_a_log_that_contradicts_itself_is_refused(tmp_path, events):
 def test_a_forged_log_without_a_contradiction_is_read(tmp_path):
     """That the forgeries above are refused for what they say."""
     registry = forge(tmp_path, REGISTER, {"kind": "judge", "version": "v1", "facts": {"x": 10**30}},
-                     {"kind": "promote", "version": "v1"},
+                     PROMOTE,
                      {"kind": "rollback", "version": "", "champion": "v1"},
                      {"kind": "import", "version": "v2", "facts": {"model": "theirs"}},
                      {"kind": "adopt", "version": "v2"},

@@ -26,7 +26,7 @@ from cotrr.errors import InputError
 from cotrr.ranker import artifact
 from cotrr.ranker import model_files as parts
 from tests.conftest import scored_line
-from tests.deploy.small import make_registry, model_files
+from tests.deploy.small import make_registry, model_files, promotion
 
 DIM = 6  # of the small model's embeddings
 few = settings(max_examples=300, deadline=None, derandomize=True, database=None)
@@ -335,14 +335,14 @@ class TestRegistry:
     @pytest.fixture
     def registry(self, tmp_path):
         registry = make_registry(tmp_path / "registry", 2)
-        registry.append(lambda _: Draft(kind="promote", actor="t", version="v1"))
+        registry.append(lambda _: promotion(registry, "v1"))
         return registry
 
     def reranker(self, tmp_path, **how):
         return Reranker.load(tmp_path / "registry", **how)
 
     def promote(self, registry, label):
-        registry.append(lambda _: Draft(kind="promote", actor="t", version=label))
+        registry.append(lambda _: promotion(registry, label))
 
     def test_it_follows_the_champion(self, registry, tmp_path):
         reranker = self.reranker(tmp_path)

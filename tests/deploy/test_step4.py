@@ -5,11 +5,14 @@ import json
 import random
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cotrr.deploy import step4
 from cotrr.deploy.registry import Draft
 from cotrr.errors import InputError
-from tests.deploy.small import make_registry, model_files
+from tests.deploy.small import make_registry, model_files, promotion
+from tests.deploy.test_card import spoil
 
 MODELS = {
     "clip_v1": {
@@ -52,6 +55,8 @@ def theirs(tmp_path):
 
 
 def act(registry, kind, version, **facts):
+    if kind == "promote":
+        return registry.append(lambda state: promotion(registry, version, **facts))
     return registry.append(lambda state: Draft(kind=kind, actor="tester", version=version, facts=facts))
 
 
@@ -105,10 +110,7 @@ def test_what_is_rolled_back_is_so_and_what_is_live_again_has_a_deployment_of_it
     one, two = (version.model for version in registry.state().versions)
     judgement = {"figures": {"compliance@1": {"value": 0.8, "ci": [0.7, 0.9]}}}
     act(registry, "alias", "v1", alias="shadow")
-    registry.append(
-        lambda state: Draft(kind="promote", actor="eve", version="v1",
-                            evidence={"judgement": registry.put_evidence(judgement)})
-    )  # fmt: skip
+    registry.append(lambda state: promotion(registry, "v1", "eve", judgement))
     second = act(registry, "promote", "v2")
     registry.rollback("eve")
     told = [(d["model_version"], d["status"], d["rollback_target"]) for d in deployments(registry, tmp_path)]
@@ -336,6 +338,28 @@ def test_bad_records_are_refused_by_name(tmp_path, theirs, models, history, mess
     with pytest.raises(InputError, match=f"(?i){message}"):
         step4.import_files(registry, *theirs(models, history), "ana")
     assert registry.state().events == ()
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(st.data())
+def test_garbage_is_refused_before_anything_is_written_or_taken_over_whole(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("garbage")
+    registry = make_registry(folder / "registry")
+    texts = [json.dumps(spoil(data, content)).encode() for content in (MODELS, DEPLOYMENTS)]
+    if data.draw(st.booleans()):
+        cut = data.draw(st.integers(0, len(texts[1])))
+        noise = data.draw(st.sampled_from([b"[" * 10**5, b"\\ud800", b"NaN", b"1e999", b"\xff", b","]))
+        texts[1] = texts[1][:cut] + noise + texts[1][cut:]
+    paths = [folder / name for name in (step4.MODELS, step4.DEPLOYMENTS)]
+    for path, text in zip(paths, texts, strict=True):
+        path.write_bytes(text)
+    try:
+        step4.import_files(registry, *paths, "ana")
+    except InputError:
+        assert registry.state().events == ()
+    else:
+        step4.export(registry, "none", folder / "out")
+        assert step4.import_files(registry, *paths, "ana") == []
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path):

@@ -461,6 +461,8 @@ class Late:
 
     def pipe_file(self, path, data, mode):
         assert mode == "create"
+        if ASIDE in path:
+            return self.memory.pipe_file(path, data, mode)
         raise self.error
 
     def __getattr__(self, name):
@@ -478,6 +480,40 @@ def test_any_other_failure_of_a_conditional_put_is_told():
     memory = pytest.importorskip("fsspec").filesystem("memory")
     with pytest.raises(OSError, match="Forbidden"):
         FsspecStore(Late(memory, OSError("Forbidden")), "/late").put("n/never", b"ours")
+
+
+class Overwriting:
+    """An object store that speaks a protocol with conditions, and does not heed them."""
+
+    def __init__(self, memory):
+        self.memory = memory
+
+    def pipe_file(self, path, data, mode):
+        self.memory.pipe_file(path, data)
+
+    def __getattr__(self, name):
+        return getattr(self.memory, name)
+
+
+def test_a_store_that_overwrites_is_refused_before_anything_is_put():
+    memory = pytest.importorskip("fsspec").filesystem("memory")
+    store = FsspecStore(Overwriting(memory), "/overwriting")
+    assert store.keys("n") == []
+    for _ in range(2):
+        with pytest.raises(InputError, match="overwrites what is to be created only"):
+            store.put("n/x", b"ours")
+    assert store.keys("n") == []
+
+
+def test_the_test_of_a_store_is_made_once_and_is_no_key():
+    memory, calls = pytest.importorskip("fsspec").filesystem("memory"), []
+    counted = Overwriting(memory)
+    counted.pipe_file = lambda path, data, mode: (calls.append(path), memory.pipe_file(path, data, mode))
+    for _ in range(2):  # the second finds what the first has left
+        store = FsspecStore(counted, "/tested")
+        for number in range(3):
+            store.put(f"n/{len(calls)}{number}", b"")
+    assert len(calls) == 2 * (2 + 3) and all(ASIDE not in key for key in store.keys("n"))
 
 
 def test_without_fsspec_a_url_says_what_to_install(monkeypatch):
