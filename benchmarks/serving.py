@@ -151,8 +151,8 @@ def ask(port: int, kind: str, body: bytes, every: float, due: float, end: float)
 @contextlib.contextmanager
 def serving(registry: str) -> Iterator[int]:
     """The port of a service that follows a registry; it must end with status 0."""
-    command = [sys.executable, "-m", "experiments.serve", f"--registry={registry}", "--version=challenger", "--port=0",
-               "--refresh_seconds=0.2"]  # fmt: skip
+    command = [sys.executable, "-m", "experiments.serve", f"--registry={registry}", "--version=challenger",
+               "--port=0", "--refresh_seconds=0.2"]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout

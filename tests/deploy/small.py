@@ -6,7 +6,8 @@ import tempfile
 
 from cotrr.deploy.registry import GROUNDS, Draft, Registry
 from cotrr.deploy.store import LocalStore
-from cotrr.ranker import artifact, model_files
+from cotrr.ranker import artifact
+from cotrr.ranker.model_files import read_files
 from tests.ranker.test_artifact import make_model
 
 
@@ -15,7 +16,7 @@ def model_files(number: int = 1) -> dict[str, bytes]:
     """The files of a model folder; each number gives another model."""
     with tempfile.TemporaryDirectory() as folder:
         artifact.save(_model()._replace(provenance={"best_epoch": number}), folder)
-        return model_files.read_files(folder)
+        return read_files(folder)
 
 
 @functools.cache
