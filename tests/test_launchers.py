@@ -300,6 +300,12 @@ def test_wrong_calls_are_told_in_one_line(name, arguments, message, tmp_path):
         "evaluate",
         "rerank",
         "demo",
+        "registry",
+        "ab",
+        "canary",
+        "governance",
+        "export",
+        "serve",
     ],
 )
 def test_help_explains_every_flag(name):
@@ -308,7 +314,7 @@ def test_help_explains_every_flag(name):
     ).stdout
     assert f"python -m experiments.{name}" in said
     training = dict.fromkeys(("train", "sweep", "ablate"), "--learning_rate")
-    flag = ({"simulate_run": "--queries", "demo": "--input"} | training).get(name, "--output")
+    flag = ({"simulate_run": "--queries", "demo": "--input", "serve": "--port"} | training).get(name, "--output")
     assert flag in said
 
 
