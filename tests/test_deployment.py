@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 
 import pytest
 
@@ -68,6 +69,10 @@ def test_two_versions_go_live_on_evidence_and_one_comes_back(road):
     mean = sum(a - b for a, b in zip(gains["candidate"], gains["incumbent"], strict=True))
     assert mean / judgement["queries"] == pytest.approx(first["value"], abs=1e-5)
 
+    said = promote(road, "v1", fails=1)  # the weaker one, against the stronger
+    assert "REJECT" in said
+    assert "live: v2" in said
+
     _, deployments = step4_files(road, "live")
     live = max((d for d in deployments.values() if d["status"] == "promoted"), key=lambda d: d["deployed_at"])
     assert live["model_version"].startswith("strong-")
@@ -78,30 +83,14 @@ def test_two_versions_go_live_on_evidence_and_one_comes_back(road):
     _, deployments = step4_files(road, "after")
     assert "rolled_back" in {d["status"] for d in deployments.values()}
 
-    said = promote(road, "v1", fails=2)
-    assert "is live already" in said
     said = registry(road, "verify")
     assert "as it was written" in said
     said = registry(road, "history")
     assert [line.split()[3] for line in said.splitlines() if line[:4].strip().isdigit()] == [
-        "register", "register", "promote", "promote", "rollback"
+        "register", "register", "promote", "promote", "judge", "rollback"
     ]  # fmt: skip
     assert "nothing of ours was live" in registry(road, "history", "--at=2020-01-01T00:00")
     assert "v1 was live" in registry(road, "history", "--at=2999-01-01T00:00")
-
-
-def test_a_weaker_version_is_not_promoted_and_the_look_is_logged(road):
-    other = road / "other"
-    for name in ("strong", "weak"):
-        registry(other, "register", f"--data={road / 'data'}", f"--model={road / name}",
-                 f"--report={road / 'reports' / name}")  # fmt: skip
-    (other / "policy.json").write_text((road / "policy.json").read_text())
-    (other / "data").symlink_to(road / "data")
-    promote(other, "v1")
-    said = promote(other, "v2", fails=1)
-    assert "REJECT" in said
-    assert "live: v1" in said
-    assert "verdict=REJECT" in registry(other, "history")
 
 
 def test_a_canary_finds_a_planted_drift_and_lets_a_plain_run_pass(road):
@@ -120,8 +109,7 @@ def test_a_canary_finds_a_planted_drift_and_lets_a_plain_run_pass(road):
 
 
 def test_a_registry_that_was_tampered_with_is_found_out(road, tmp_path):
-    registry(tmp_path, "register", f"--data={road / 'data'}", f"--model={road / 'weak'}")
-    assert "as it was written" in registry(tmp_path, "verify")
+    shutil.copytree(road / "registry", tmp_path / "registry")
     file = next((tmp_path / "registry" / "cotrr" / "versions").glob("*/weights.npz"))
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1

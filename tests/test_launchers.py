@@ -122,7 +122,7 @@ def test_models_are_compared_on_the_same_resamples(road):
     assert [row["system"] for row in both["models"]] == ["+Reranker", "+Reranker other"]
     assert both["baseline"] == "+Reranker other"
     assert both["metrics"]["ndcg@10"]["ci"] == alone["metrics"]["ndcg@10"]["ci"]  # each query its own cluster
-    assert "clusters" in both["metrics"]["ndcg@10"]["kind"]
+    assert "queries" in both["metrics"]["ndcg@10"]["kind"]
     assert both["acceptance"][0]["figure"]["value"] == alone["acceptance"][0]["figure"]["value"]
     shown = {row["system"]: row["metrics"]["compliance@1"]["value"] for row in both["ladder"]}
     found = both["deltas"]["+Reranker"]["compliance@1"]["value"]
@@ -130,7 +130,7 @@ def test_models_are_compared_on_the_same_resamples(road):
     pairs = {(row["system"], row["reference"]) for row in both["comparisons"][0]["rows"]}
     assert ("+Reranker", "+Reranker other") in pairs
     assert "expected clip" in launch(*call, "--baseline=nothing", fails=2)
-    assert "each query needs one value" in launch(*call, "--cluster_by=canonical_id", fails=2)
+    assert "each query needs one value" in launch(*call, "--cluster_by=id", fails=2)
     assert "no such column" in launch(*call, "--cluster_by=session", fails=2)
     assert "training folder" in launch(*call, f"--output={road / 'model'}", fails=2)
     assert any((road / "model" / "tensorboard").iterdir())
@@ -314,7 +314,9 @@ def test_help_explains_every_flag(name):
     ).stdout
     assert f"python -m experiments.{name}" in said
     training = dict.fromkeys(("train", "sweep", "ablate"), "--learning_rate")
-    flag = ({"simulate_run": "--queries", "demo": "--input", "serve": "--port"} | training).get(name, "--output")
+    flag = ({"simulate_run": "--queries", "demo": "--input", "serve": "--port"} | training).get(
+        name, "--output"
+    )
     assert flag in said
 
 
