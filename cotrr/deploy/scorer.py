@@ -180,9 +180,8 @@ class Scorer:
 
     def _asked(self, text: np.ndarray, wants: np.ndarray) -> np.ndarray:
         """[L, 1, q] the query as each lane sees it: a constant, what is wanted, components of its text."""
-        centred = np.zeros_like(self._text_mean)
-        if len(text) == self.text_dim:
-            centred = np.nan_to_num(text - self._text_mean)
+        known = self.text_dim and len(text) == self.text_dim and np.isfinite(text[0])  # all of it, or nothing
+        centred = text - self._text_mean if known else np.zeros_like(self._text_mean)
         components = centred[:, None] @ self._text_axes
         same = np.concatenate([np.ones(1, np.float32), wants])
         return np.concatenate([np.broadcast_to(same, (len(centred), 1, len(same))), components], axis=2)

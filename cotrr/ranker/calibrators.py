@@ -111,15 +111,9 @@ def conclude(
     label = fitted.rank(logit)
     low, high = fitted.intervals(label)
     std = fitted.rank(rank).std(axis=0) if len(rank) > 1 else np.full(logit.shape, np.nan)
-    inside = lambda values: np.where(where, np.clip(values, 0.0, 1.0), 0.0)
-    return Scored(
-        score=inside(label),
-        std=inside(std),
-        low=inside(np.minimum(low, label)),
-        high=inside(np.maximum(high, label)),
-        p_conflict=inside(fitted.conflict(conflict[final].mean(axis=0))),
-        logit=np.where(where, logit, -np.inf),
-    )
+    shown = np.stack([label, std, np.minimum(low, label), np.maximum(high, label),
+                      fitted.conflict(conflict[final].mean(axis=0))])  # fmt: skip
+    return Scored(*np.where(where, np.clip(shown, 0.0, 1.0), 0.0), logit=np.where(where, logit, -np.inf))
 
 
 def pack(calibration: Calibration) -> dict[str, Any]:
