@@ -8,9 +8,13 @@ report.html and TensorBoard logs.  Refuses rows that a model has learned from.
 """
 
 import datetime
+import os
 import pathlib
 import time
 from typing import NamedTuple
+
+# Read when NumPy is imported: latency is measured as a serving process has it, one thread a product.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import numpy as np
 import pyarrow as pa
