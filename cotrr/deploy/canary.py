@@ -19,7 +19,7 @@ from msgspec import Meta
 from scipy import stats
 
 from cotrr import files
-from cotrr.data.contract import ATTRIBUTES
+from cotrr.data.contract import ATTRIBUTES, Share
 from cotrr.data.lists import Lists
 from cotrr.deploy import sketches
 from cotrr.deploy.registry import Draft, Event, Registry, State, stamp
@@ -32,7 +32,6 @@ ORDER: tuple[Verdict, ...] = ("pass", "warning", "hold", "critical")  # the last
 TRIGGERS = ("overlay_update", "source_sync", "model_change", "scheduled")
 STRONG = list(ATTRIBUTES).index("strong_conflicts")
 
-Share = Annotated[float, Meta(ge=0, le=1)]
 Size = Annotated[float, Meta(gt=0, le=1e9)]
 Count = Annotated[int, Meta(ge=1, le=10**9)]
 

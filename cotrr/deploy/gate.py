@@ -45,10 +45,7 @@ class Contest(NamedTuple):
     candidate: Model
     scorer: Scorer  # the same, as it serves
     champion: Model | None  # None: nothing of ours is live, and the policy names a baseline
-    table: pa.Table
-    lists: Lists
-    label: str
-    passport: dict[str, Any]
+    test: HeldOut
 
 
 def promote(
@@ -77,7 +74,7 @@ def promote(
         artifact.assemble(contents),
         Scorer(contents),
         artifact.assemble(registry.contents(live)) if live and live.folder else None,
-        *test,
+        test,
     )
     judged = judge(contest, policy, seed, resamples) | {
         "candidate": {"label": version.label, "model": version.model},
@@ -170,8 +167,8 @@ def _experiment_checks(
 
 def judge(contest: Contest, policy: Policy, seed: int, resamples: int) -> dict[str, Any]:
     """All checks of a policy that the data can answer, and the figures behind them."""
-    lists = contest.lists
-    unit = clusters(contest.table, lists, policy.cluster_by)
+    lists = contest.test.lists
+    unit = clusters(contest.test.table, lists, policy.cluster_by)
     engine = figures.engine(len(lists.query_id), seed, resamples, unit)
     scored = artifact.score(contest.candidate, lists)
     system, values = _incumbent(contest, policy)
@@ -192,11 +189,11 @@ def judge(contest: Contest, policy: Policy, seed: int, resamples: int) -> dict[s
     return {
         "checks": checks,
         "incumbent_system": system,
-        "sketch": sketch(contest.table["query_id"].to_pylist()),
-        "labels": contest.label,
+        "sketch": sketch(contest.test.table["query_id"].to_pylist()),
+        "labels": contest.test.label,
         "queries": len(lists.query_id),
         "clusters": engine.draw.units,
-        "certificate": files.digest(contest.passport),
+        "certificate": files.digest(contest.test.passport),
         "figures": own,
         "incumbent_figures": _means(engine, values, ranking.METRICS),
         "gains": _means(engine, {m: gain_of(m, ours[m], values[m]) for m in named}, named, (-1, 1)),
@@ -210,28 +207,31 @@ def judge(contest: Contest, policy: Policy, seed: int, resamples: int) -> dict[s
 def _incumbent(contest: Contest, policy: Policy) -> tuple[str, dict[str, np.ndarray]]:
     """What is live, in words, and its [Q] values by metric; NaN where it cannot be formed."""
     if contest.champion:
-        logit = artifact.score(contest.champion, contest.lists).logit
-        return contest.champion.version, ranking.per_query(logit, contest.lists)
+        logit = artifact.score(contest.champion, contest.test.lists).logit
+        return contest.champion.version, ranking.per_query(logit, contest.test.lists)
     name = systems.BASELINES[policy.first_champion]
-    ladder = {s.name: s for s in systems.ladder(contest.candidate, contest.lists)}
+    ladder = {s.name: s for s in systems.ladder(contest.candidate, contest.test.lists)}
     system = ladder.get(name, System(name, "", None, "it is not in the data"))
     if system.scores is None:
-        undefined = np.full(len(contest.lists.query_id), np.nan)
+        undefined = np.full(len(contest.test.lists.query_id), np.nan)
         return f"{name} ({system.why})", dict.fromkeys(ranking.METRICS, undefined)
-    return name, ranking.per_query(system.scores, contest.lists)
+    return name, ranking.per_query(system.scores, contest.test.lists)
 
 
 def _data_checks(contest: Contest, policy: Policy, engine: Engine) -> list[Check]:
     """Whether the test set may decide anything."""
     models = {"candidate": contest.candidate, "champion": contest.champion}
     seen = [f"the {name} has learned from {what}" for name, model in models.items()
-            if model and (what := artifact.learned_from(model, contest.table))]  # fmt: skip
-    leaks, unchecked = certificate.leaks(contest.passport) + seen, certificate.unchecked(contest.passport)
-    gold, units, least = contest.label == labels.GOLD, engine.draw.units, policy.minimum_clusters
-    enough, size = units >= least, len(contest.lists.query_id) / units
+            if model and (what := artifact.learned_from(model, contest.test.table))]  # fmt: skip
+    leaks, unchecked = (
+        certificate.leaks(contest.test.passport) + seen,
+        certificate.unchecked(contest.test.passport),
+    )
+    gold, units, least = contest.test.label == labels.GOLD, engine.draw.units, policy.minimum_clusters
+    enough, size = units >= least, len(contest.test.lists.query_id) / units
     return [
         Check("no leakage", FAIL if leaks else HOLD if unchecked else PASS, "; ".join(leaks or unchecked)),
-        Check("gold labels", PASS if gold else FAIL, "" if gold else f"labels are {contest.label}"),
+        Check("gold labels", PASS if gold else FAIL, "" if gold else f"labels are {contest.test.label}"),
         Check(f"enough {engine.unit_name}", PASS if enough else HOLD,
               "" if enough else f"{units} of at least {least}", float(units), None, float(least),
               more_queries=None if enough else int(np.ceil((least - units) * size))),
@@ -262,14 +262,14 @@ def _non_inferiority(
 
 def _figures(engine: Engine, contest: Contest, ours: dict, scored: Scored) -> dict[str, Figure]:
     """The candidate's own figures by name."""
-    conflict = probabilities.conflicts(engine, {"candidate": scored.p_conflict}, contest.lists)
-    one = lambda q: contest.scorer.score(*of_list(contest.lists, q))
+    conflict = probabilities.conflicts(engine, {"candidate": scored.p_conflict}, contest.test.lists)
+    one = lambda q: contest.scorer.score(*of_list(contest.test.lists, q))
     return {
         **_means(engine, ours, ranking.METRICS),
         "conflict_auc": conflict["auc"],
         "conflict_ece": conflict["ece"],
-        "coverage": probabilities.coverage(engine, scored.low, scored.high, contest.lists)["coverage"],
-        "latency_p95_ms": systems.latency(one, contest.lists, "NumPy")["p95_ms"],
+        "coverage": probabilities.coverage(engine, scored.low, scored.high, contest.test.lists)["coverage"],
+        "latency_p95_ms": systems.latency(one, contest.test.lists, "NumPy")["p95_ms"],
     }
 
 

@@ -7,13 +7,13 @@ import msgspec
 from msgspec import Meta
 
 from cotrr import files
+from cotrr.data.contract import Share
 from cotrr.data.rows import explain
 from cotrr.errors import InputError
 
 T = TypeVar("T")
 Metric = Literal["compliance@1", "compliance@3", "compliance@5", "ndcg@10", "ndcg_y@10",
                  "conflict_rate@1", "conflict_rate@3", "conflict_rate@5"]  # fmt: skip
-Share = Annotated[float, Meta(ge=0, le=1)]
 Margin = Annotated[float, Meta(gt=0, le=0.5)]
 
 

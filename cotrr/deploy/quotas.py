@@ -19,11 +19,9 @@ import pyarrow as pa
 from msgspec import Meta
 
 from cotrr.data import dataset, runs, splits
-from cotrr.data.contract import picture_of
+from cotrr.data.contract import Share, picture_of
 from cotrr.data.rows import embedding_matrix
 from cotrr.deploy.rules import Breach
-
-Share = Annotated[float, Meta(ge=0, le=1)]
 
 
 class Quotas(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -31,19 +31,15 @@ class Store(Protocol):
 
     def put(self, key: str, data: bytes) -> bool:
         """Writes a key that is absent, durably; False, and nothing is changed, where it is there."""
-        ...
 
     def get(self, key: str, limit: int) -> bytes:
         """What a key holds; raises KeyError where it is absent, InputError above `limit` bytes."""
-        ...
 
     def size(self, key: str) -> int:
         """Bytes of a key; raises KeyError where it is absent."""
-        ...
 
     def keys(self, prefix: str) -> list[str]:
         """All keys below a prefix, sorted; raises InputError for anything that is no plain file."""
-        ...
 
 
 def check_key(key: str) -> str:

@@ -4,6 +4,8 @@ import functools
 import pathlib
 import tempfile
 
+import numpy as np
+
 from cotrr.deploy.registry import GROUNDS, Draft, Registry
 from cotrr.deploy.store import LocalStore
 from cotrr.ranker import artifact
@@ -48,3 +50,10 @@ def promotion(registry: Registry, label: str, actor: str = "tester", judgement=N
         evidence["judgement"] = registry.put_evidence(judgement)
     return Draft(kind="promote", actor=actor, version=label, evidence=evidence,
                  facts={"verdict": "PROMOTE", **facts})  # fmt: skip
+
+
+def single_lane(model: artifact.Model) -> artifact.Model:
+    """The first of a model's lanes alone."""
+    one = lambda tree: {k: one(v) for k, v in tree.items()} if isinstance(tree, dict) else tree[:1]
+    statistics = type(model.statistics)(*(part[:1] for part in model.statistics))
+    return model._replace(params=one(model.params), statistics=statistics, final=np.array([True]))

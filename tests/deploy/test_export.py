@@ -20,6 +20,7 @@ from cotrr.errors import InputError
 from cotrr.ranker import artifact, calibrators, model_files
 from cotrr.ranker.calibrators import Beta, Intervals, Isotonic, Platt, Scored
 from experiments import export
+from tests.deploy.small import single_lane
 from tests.ranker.test_artifact import CALIBRATION, LISTS, make_model
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -114,13 +115,7 @@ def test_a_model_without_embeddings_has_no_such_inputs(kind, tmp_path):
 
 
 def test_a_single_lane_has_no_spread(kind, tmp_path):
-    model = make_model()
-    one = lambda tree: {k: one(v) for k, v in tree.items()} if isinstance(tree, dict) else tree[:1]
-    model = model._replace(
-        params=one(model.params),
-        statistics=type(model.statistics)(*(part[:1] for part in model.statistics)),
-        final=np.array([True]),
-    )
+    model = single_lane(make_model())
     assert_alike(kind, model, tmp_path)
 
 

@@ -42,6 +42,15 @@ WORKFLOW = ROOT / ".github" / "workflows" / "governance.yml"
 POLICIES = str(ROOT / "experiments" / "policies")
 
 
+@contextlib.contextmanager
+def rewritten(folder):
+    """The certificate of a dataset, written back as it was changed."""
+    path = pathlib.Path(folder) / "certificate.json"
+    told = json.loads(path.read_text())
+    yield told
+    path.write_text(json.dumps(told))
+
+
 def broken(found, checked=True):
     return {breach.rule for breach in found if breach.checked == checked}
 
@@ -168,10 +177,8 @@ def test_other_files_than_the_certified_are_found(make):
 
 def test_a_certificate_that_says_something_else_is_found(make):
     _, folder = make(many())
-    path = pathlib.Path(folder) / "certificate.json"
-    told = json.loads(path.read_text())
-    told["counts"]["test"]["queries"] += 1
-    path.write_text(json.dumps(told))
+    with rewritten(folder) as told:
+        told["counts"]["test"]["queries"] += 1
     found = check(folder)
     assert broken(found) == {"certificate"}
     assert "counts.test.queries is" in found[0].what
@@ -189,10 +196,8 @@ def test_a_certificate_that_says_nothing_is_found(make, part):
 
 def test_near_duplicates_that_were_not_looked_for_are_unchecked(make):
     _, folder = make(many())
-    path = pathlib.Path(folder) / "certificate.json"
-    told = json.loads(path.read_text())
-    told["near_duplicates"] |= {"pairs": None, "why": "not looked for"}
-    path.write_text(json.dumps(told))
+    with rewritten(folder) as told:
+        told["near_duplicates"] |= {"pairs": None, "why": "not looked for"}
     found = check(folder)
     assert broken(found) == set() and broken(found, checked=False) == {"near_duplicates"}
 
@@ -212,10 +217,8 @@ def test_leakage_is_not_believed_from_the_certificate(make):
     leaky = lambda table: put(table, "query_id", rows_of(table, "train")[:1],
                               table["query_id"][rows_of(table, "test")[0]].as_py())  # fmt: skip
     _, folder = make(many(), leaky)
-    path = pathlib.Path(folder) / "certificate.json"
-    told = json.loads(path.read_text())
-    told["overlap"]["query_id"]["train/test"] = 0
-    path.write_text(json.dumps(told))
+    with rewritten(folder) as told:
+        told["overlap"]["query_id"]["train/test"] = 0
     assert broken(check(folder)) == {"leakage", "certificate"}
 
 

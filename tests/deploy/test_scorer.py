@@ -9,6 +9,7 @@ import pytest
 from cotrr.deploy import scorer as scorer_module
 from cotrr.deploy.scorer import Query, Scorer, of_list
 from cotrr.ranker import artifact, model_files
+from tests.deploy.small import single_lane
 from tests.ranker.test_artifact import LISTS, make_model
 
 LARGEST = 1e-5
@@ -74,13 +75,7 @@ def test_what_is_masked_does_not_count(tmp_path, change):
 
 
 def test_a_single_lane_has_no_spread(tmp_path):
-    model = make_model()
-    one = lambda tree: {k: one(v) for k, v in tree.items()} if isinstance(tree, dict) else tree[:1]
-    model = model._replace(
-        params=one(model.params),
-        statistics=type(model.statistics)(*(part[:1] for part in model.statistics)),
-        final=np.array([True]),
-    )
+    model = single_lane(make_model())
     assert largest_difference(*both(model, tmp_path), LISTS) < LARGEST
 
 
