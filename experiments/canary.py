@@ -84,7 +84,7 @@ def main() -> None:
         raise InputError("--baseline_latencies is of no use without --latencies")
     registry, who = Registry(open_store(FLAGS.registry), FLAGS.name), actor(FLAGS.actor)
     state = registry.state()
-    canary.refuse_changed_policy(state, thresholds.name, thresholds.digest)
+    state.refuse_changed_policy(thresholds.name, thresholds.digest)
     version, notices = state.version(FLAGS.version), list[str]()
     facts = {"run": FLAGS.run, "version": version.label, "model": version.model, "champion": state.champion,
              "reading": None, "notices": notices}  # fmt: skip

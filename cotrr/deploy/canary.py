@@ -24,7 +24,6 @@ from cotrr.data.lists import Lists
 from cotrr.deploy import sketches
 from cotrr.deploy.registry import Draft, Event, Registry, State, stamp
 from cotrr.deploy.sketches import Feature, Part, Reference
-from cotrr.errors import InputError
 from cotrr.ranker.calibrators import Scored
 
 Verdict = Literal["pass", "warning", "hold", "critical"]
@@ -458,14 +457,6 @@ def earlier_probes(registry: Registry, state: State, window: int, run: str = "")
     return found[::-1]
 
 
-def refuse_changed_policy(state: State, name: str, digest: str) -> None:
-    """Raises InputError where a policy said something else under its name."""
-    for event in state.events:
-        if event.facts.get("policy") == name and event.facts.get("policy_hash") != digest:
-            raise InputError(f"policy {name!r} said something else in event {event.number}",
-                             field="name", remedy="Give a changed policy a new name")  # fmt: skip
-
-
 def run_time(manifest: Mapping[str, Any] | None) -> str:
     """When a run was made, as events write moments (UTC where it names no zone); "" where nothing tells."""
     try:
@@ -487,7 +478,7 @@ def record(registry: Registry, label: str, result: Mapping[str, Any], actor: str
              "probe": status(probed) if probed else "", "policy": name, "policy_hash": digest}  # fmt: skip
 
     def draft(state: State) -> Draft:
-        refuse_changed_policy(state, name, digest)
+        state.refuse_changed_policy(name, digest)
         lifts = result["status"] in ("pass", "warning") and made and made >= _blocked_by(state, label)
         blocks = result["block"]["blocks"] or (not lifts and label in state.blocked)
         return Draft(kind="canary", actor=actor, version=label, evidence=evidence,

@@ -67,7 +67,7 @@ def promote(
     version, champion = before.version(name), before.champion
     if version.label == champion:
         raise InputError(f"{version.label} is live already")
-    _refuse_changed_policy(before, policy)
+    before.refuse_changed_policy(policy.name, policy.digest)
     told = ab.read_verdict(experiment) if experiment else None
     contents, live = registry.contents(version), before.version(champion) if champion else None
     contest = Contest(
@@ -123,16 +123,6 @@ def looks(state: State, queries: Collection[int]) -> int:
     """How often the gate has looked at a test set that shares half its queries, whatever came of it."""
     earlier = (event.facts.get("queries") for event in state.events)
     return sum(isinstance(past, list) and shared(past, queries) >= 0.5 for past in earlier)
-
-
-def _refuse_changed_policy(state: State, policy: Policy) -> None:
-    for event in state.events:
-        if event.facts.get("policy") == policy.name and event.facts.get("policy_hash") != policy.digest:
-            raise InputError(
-                f"policy {policy.name!r} said something else in event {event.number}",
-                field="name",
-                remedy="Give a changed policy a new name",
-            )
 
 
 def _log_checks(

@@ -126,6 +126,16 @@ class State(NamedTuple):
         known = ", ".join([*(v.label for v in self.versions), *self.aliases]) or "none yet"
         raise InputError(f"no version {name!r}", remedy=f"Known are: {known}")
 
+    def refuse_changed_policy(self, name: str, digest: str) -> None:
+        """Raises InputError where a policy said something else under its name in an earlier event."""
+        for event in self.events:
+            if event.facts.get("policy") == name and event.facts.get("policy_hash") != digest:
+                raise InputError(
+                    f"policy {name!r} said something else in event {event.number}",
+                    field="name",
+                    remedy="Give a changed policy a new name",
+                )
+
     def step(self, event: Event) -> "State":
         """The state after one more event; raises InputError for one that cannot follow."""
         last, label = self.events[-1] if self.events else None, event.version

@@ -74,9 +74,9 @@ def test_a_blocked_version_holds_until_a_canary_passes(tmp_path):
 
 def test_a_changed_policy_needs_a_new_name(tmp_path):
     state = state_with(tmp_path, look(policy="p", policy_hash=POLICY.digest))
-    gate._refuse_changed_policy(state, POLICY)
+    state.refuse_changed_policy(POLICY.name, POLICY.digest)
     with pytest.raises(InputError, match="said something else"):
-        gate._refuse_changed_policy(state, msgspec.structs.replace(POLICY, level=0.9))
+        state.refuse_changed_policy(POLICY.name, msgspec.structs.replace(POLICY, level=0.9).digest)
 
 
 @pytest.mark.parametrize(("verdict", "said"), [
