@@ -8,6 +8,7 @@ dictionary, so a query's is stored once.
 import io
 import json
 import pathlib
+import re
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -129,10 +130,22 @@ def read_certificate(folder: str | pathlib.Path) -> dict[str, Any]:
         raise InputError(f"no certificate of cotrr: {error}", file=path) from None
 
 
+def parts(folder: str | pathlib.Path, split: str) -> list[str]:
+    """The names of a split's files, in order: one, or many where the dataset was made in parts."""
+    names = read_certificate(folder)["files"]
+    own = re.compile(rf"{split}(-\d+)?\.parquet")
+    return sorted(filter(own.fullmatch, names)) or [f"{split}.parquet"]
+
+
 def read(folder: str | pathlib.Path, split: str) -> pa.Table:
-    """One split; raises InputError where its file is missing or not the one that was certified."""
-    path = pathlib.Path(folder) / f"{split}.parquet"
-    certified = read_certificate(folder)["files"].get(path.name)
+    """One split; raises InputError where a file is missing or not the one that was certified."""
+    return pa.concat_tables([read_part(folder, name) for name in parts(folder, split)])
+
+
+def read_part(folder: str | pathlib.Path, name: str) -> pa.Table:
+    """One file of a split, whose queries stand in no other; raises InputError as `read` does."""
+    path = pathlib.Path(folder) / name
+    certified = read_certificate(folder)["files"].get(name)
     if not path.is_file():
         raise InputError("this split is missing", file=path, remedy="Generate the dataset again")
     with ThreadPoolExecutor(1) as aside:  # hashing takes as long as reading
