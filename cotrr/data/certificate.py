@@ -1,48 +1,84 @@
 """The data certificate: what was counted, and every leak that was looked for, on what was written."""
 
+import collections
+import contextlib
+import heapq
 import itertools
-from typing import Any
+import tempfile
+from collections.abc import Iterable, Iterator
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from scipy.optimize import isotonic_regression
 
 from cotrr import files
 from cotrr.data.contract import ATTRIBUTES
 from cotrr.data.labels import GOLD, SILVER, numbers
-from cotrr.data.rows import embedding_matrix
+from cotrr.data.rows import EMBEDDINGS, embedding_matrix
 from cotrr.data.splits import SPLITS
 
 KEYS = ("canonical_id", "query_id")  # that no two splits may share
 NEAR_DUPLICATE = 0.98  # cosine between image embeddings of different pictures
 UNSEEN = "not looked for: no picture has an embedding"
 DETERMINED = 0.999  # share of y's variance that one feature may not explain
+BLOCK = 2048  # pictures of either split that are compared at once: bounds memory
+_WORDS = ("query_id", "canonical_id", "domain", "label")  # recur, so they are held as numbers
+_COLUMNS = (*_WORDS, *ATTRIBUTES, "y")
 
 
 def certify(
-    tables: dict[str, pa.Table], dropped: int, settings: dict[str, Any], summary: dict[str, Any]
+    splits: dict[str, Iterable[pa.Table]], dropped: int, settings: dict[str, Any], summary: dict[str, Any]
 ) -> dict[str, Any]:
-    """The certificate of a dataset given as one table by split; `dropped` rows went to no split."""
-    everything = pa.concat_tables(tables.values())
+    """The certificate of a dataset given as the tables of each split; `dropped` rows went to no split.
+
+    Tables are read one after another, and of a row some 150 bytes stay in memory, without its embeddings.
+    """
+    with contextlib.ExitStack() as stack:
+        aside = lambda: Pictures(stack.enter_context(tempfile.TemporaryFile()))
+        read = {name: _read(tables, aside()) for name, tables in splits.items()}
+        near = near_duplicates({name: split.pictures for name, split in read.items() if len(split.table)})
+    everything = pa.concat_tables(split.table for split in read.values()).unify_dictionaries()
+    rows = max(len(everything), 1)
+    missing = lambda name: sum(split.missing[name] for split in read.values()) / rows
     return {
-        "counts": {name: _counts(table) for name, table in tables.items()},
+        "counts": {name: _counts(split) for name, split in read.items()},
         "rows_read": len(everything) + dropped,
         "rows_dropped": dropped,
         "overlap": {
-            key: {f"{a}/{b}": _overlap(tables[a], tables[b], key)
-                  for a, b in itertools.combinations(tables, 2)}
+            key: {f"{a}/{b}": _overlap(read[a].table, read[b].table, key)
+                  for a, b in itertools.combinations(read, 2)}
             for key in KEYS
         },
-        "near_duplicates": {"cosine_above": NEAR_DUPLICATE} | near_duplicates(tables),
+        "near_duplicates": {"cosine_above": NEAR_DUPLICATE} | near,
         "label_leakage": label_leakage(everything),
         "missing": {name: float(np.isnan(numbers(everything, name)).mean()) for name in ATTRIBUTES}
-        | {name: everything[name].null_count / max(len(everything), 1)
-           for name in ("image_embedding", "text_embedding", "constraints")},
+        | {name: missing(name) for name in (*EMBEDDINGS, "constraints")},
         "labels": _label_shares(everything),
         "settings": settings,
         "settings_hash": files.digest({k: v for k, v in settings.items() if k != "split"}),
         "input": summary,
     }  # fmt: skip
+
+
+class _Split(NamedTuple):
+    """What is kept of a split that was read."""
+
+    table: pa.Table  # _COLUMNS
+    missing: collections.Counter[str]  # rows without an embedding, or constraints
+    pictures: "Pictures"
+
+
+def _read(tables: Iterable[pa.Table], pictures: "Pictures") -> _Split:
+    kept, missing = [], collections.Counter()
+    for table in tables:
+        missing.update({name: table[name].null_count for name in (*EMBEDDINGS, "constraints")})
+        pictures.add(table)
+        columns = {name: table[name].dictionary_encode() if name in _WORDS else table[name]
+                   for name in _COLUMNS}  # fmt: skip
+        kept.append(pa.table(columns))
+    return _Split(pa.concat_tables(kept).unify_dictionaries(), missing, pictures)
 
 
 def leaks(certificate: dict[str, Any]) -> list[str]:
@@ -94,58 +130,84 @@ def breaches(certificate: dict[str, Any]) -> list[str]:
     return found
 
 
-def _counts(table: pa.Table) -> dict[str, int]:
-    distinct = lambda name: len(table[name].unique())
-    return {"rows": len(table), "queries": distinct("query_id"),
+def _counts(split: _Split) -> dict[str, int]:
+    distinct = lambda name: len(split.table[name].unique())
+    return {"rows": len(split.table), "queries": distinct("query_id"),
             "pictures": distinct("canonical_id"), "domains": distinct("domain")}  # fmt: skip
 
 
 def _overlap(a: pa.Table, b: pa.Table, key: str) -> int:
-    return len(set(a[key].to_pylist()) & set(b[key].to_pylist()))
+    return len(set(a[key].unique().to_pylist()) & set(b[key].unique().to_pylist()))
 
 
 def _label_shares(table: pa.Table) -> dict[str, float]:
-    kinds = table["label"].to_pylist()
-    total = max(len(kinds), 1)
-    return {GOLD: kinds.count(GOLD) / total, SILVER: kinds.count(SILVER) / total,
-            "none": kinds.count(None) / total}  # fmt: skip
+    counts = {row["values"]: row["counts"] for row in pc.value_counts(table["label"]).to_pylist()}
+    return {name: counts.get(kind, 0) / max(len(table), 1)
+            for name, kind in ((GOLD, GOLD), (SILVER, SILVER), ("none", None))}  # fmt: skip
 
 
-def near_duplicates(tables: dict[str, pa.Table], examples: int = 5) -> dict[str, Any]:
+class Pictures:
+    """Unit embeddings of distinct (canonical_id, id), in a file: they may be more than memory holds."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.ids: list[str] = []  # canonical
+        self._seen: set[tuple[str, str]] = set()
+        self._file, self._dim = file, 0
+
+    def add(self, table: pa.Table) -> None:
+        """Takes those pictures of a table that have an embedding and were not there before."""
+        there = np.flatnonzero(table["image_embedding"].is_valid().to_numpy())
+        keys = zip(*(table[name].take(there).to_pylist() for name in ("canonical_id", "id")), strict=True)
+        new = []
+        for row, key in zip(there, keys, strict=True):
+            if key not in self._seen:
+                self._seen.add(key)
+                self.ids.append(key[0])
+                new.append(row)
+        if new:
+            vectors = embedding_matrix(table.select(["image_embedding"]).take(new), "image_embedding")
+            self._dim = vectors.shape[1]
+            self._file.write((vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).data)
+
+    def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
+        """The vectors [≤ BLOCK, d], each block with the number of its first."""
+        for start in range(0, len(self.ids), BLOCK):
+            count = min(BLOCK, len(self.ids) - start)
+            self._file.seek(4 * self._dim * start)
+            found = np.frombuffer(self._file.read(4 * self._dim * count), np.float32)
+            yield start, found.reshape(count, self._dim)
+
+
+def near_duplicates(splits: dict[str, Pictures], examples: int = 5) -> dict[str, Any]:
     """Pairs of different pictures in different splits whose image embeddings nearly coincide.
 
-    `pairs` is None, with a reason, where no picture of a split has an embedding.
+    `pairs` is None, with a reason, where no picture of a split has an embedding.  Every picture of a
+    split is compared with every one of the others.
     """
-    pictures = {name: _unit_pictures(table) for name, table in tables.items()}
-    blind = [name for name, (ids, _) in pictures.items() if len(tables[name]) and not len(ids)]
+    blind = [name for name, pictures in splits.items() if not pictures.ids]
     if blind:
-        every = len(blind) == sum(len(table) > 0 for table in tables.values())
-        why = UNSEEN if every else f"{UNSEEN} in {', '.join(blind)}"
+        why = UNSEEN if len(blind) == len(splits) else f"{UNSEEN} in {', '.join(blind)}"
         return {"pairs": None, "why": why, "examples": []}
     count, closest = 0, []
-    for a, b in itertools.combinations(pictures, 2):
-        (ids_a, unit_a), (ids_b, unit_b) = pictures[a], pictures[b]
-        for start in range(0, len(ids_a), 1024):  # blocks: memory stays bounded
-            cosine = unit_a[start : start + 1024] @ unit_b.T
-            cosine[ids_a[start : start + 1024, None] == ids_b[None, :]] = 0
-            count += int((cosine > NEAR_DUPLICATE).sum())
-            for at in np.argsort(-cosine, axis=None)[:examples]:
-                i, j = np.unravel_index(at, cosine.shape)
-                if cosine[i, j] > NEAR_DUPLICATE:
-                    closest.append({a: ids_a[start + i], b: ids_b[j], "cosine": float(cosine[i, j])})
-    return {"pairs": count, "examples": sorted(closest, key=lambda pair: -pair["cosine"])[:examples]}
+    for a, b in itertools.combinations(splits, 2):
+        for cosine, one, other in _close(splits[a], splits[b]):
+            count += len(cosine)
+            found = [{a: one[i], b: other[i], "cosine": float(cosine[i])}
+                     for i in np.argsort(-cosine, kind="stable")[:examples]]  # fmt: skip
+            closest = heapq.nlargest(examples, closest + found, key=lambda pair: pair["cosine"])
+    return {"pairs": count, "examples": closest}
 
 
-def _unit_pictures(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and unit embeddings of the distinct (canonical_id, id) of a split."""
-    if not len(table):
-        return np.array([]), np.zeros((0, table["image_embedding"].type.list_size), np.float32)
-    names = np.array(list(zip(*(table[k].to_pylist() for k in ("canonical_id", "id")), strict=True)))
-    _, first = np.unique(names, axis=0, return_index=True)
-    vectors = embedding_matrix(table.take(first), "image_embedding")
-    there = ~np.isnan(vectors).any(axis=1)
-    vectors = vectors[there]
-    return names[first[there], 0], vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+def _close(a: Pictures, b: Pictures) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Cosines, and the ids of both pictures, of all pairs that nearly coincide, block by block."""
+    ids_a, ids_b = np.array(a.ids, object), np.array(b.ids, object)
+    for first, mine in a.blocks():
+        for second, theirs in b.blocks():
+            cosine = mine @ theirs.T
+            i, j = np.nonzero(cosine > NEAR_DUPLICATE)
+            one, other = ids_a[first + i], ids_b[second + j]
+            apart = one != other
+            yield cosine[i, j][apart], one[apart], other[apart]
 
 
 def label_leakage(table: pa.Table) -> dict[str, str]:

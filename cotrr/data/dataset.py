@@ -6,11 +6,13 @@ dictionary, so a query's is stored once.
 """
 
 import io
+import itertools
 import json
 import pathlib
 import re
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, BinaryIO
 
 import msgspec
 import numpy as np
@@ -29,17 +31,18 @@ ROW_GROUP = 2**15  # rows: what a streaming reader holds at once
 def prepare(
     table: pa.Table, fractions: tuple[float, ...], compliance_weight: float, salt: str, method: str
 ) -> tuple[pa.Table, dict[str, Any]]:
-    """Adds `split`, `y` and `label`, ordered by query; rows dropped by the split have split null."""
-    split, cost = splits.split_rows(
-        table["query_id"].to_numpy(zero_copy_only=False),
-        table["canonical_id"].to_numpy(zero_copy_only=False),
-        fractions, salt, method,
-    )  # fmt: skip
+    """Adds `split`, `y` and `label`; rows dropped by the split have split null."""
+    split, cost = splits.split_rows(table["query_id"], table["canonical_id"], fractions, salt, method)
+    return with_labels(table, split, compliance_weight), cost
+
+
+def with_labels(table: pa.Table, split: np.ndarray, compliance_weight: float) -> pa.Table:
+    """Adds `split` (of indices [N] into SPLITS, or DROPPED), `y` and `label`."""
     marks = labels.label(table, compliance_weight)
     names = np.array([*splits.SPLITS, None], object)[split]
     table = table.append_column("split", pa.array(names, pa.string()))
     table = table.append_column("y", pa.array(marks.y, pa.float64(), mask=np.isnan(marks.y)))
-    return table.append_column("label", pa.array(marks.kind, pa.string())), cost
+    return table.append_column("label", pa.array(marks.kind, pa.string()))
 
 
 def write(
@@ -50,14 +53,32 @@ def write(
         chosen = np.flatnonzero(table["split"].to_numpy(zero_copy_only=False) == name)
         with files.replacing(folder / f"{name}.parquet") as temporary:
             save(group_by_query(table.take(chosen)), temporary)
-    written = {name: load(folder / f"{name}.parquet") for name in splits.SPLITS}
-    result = certificate.certify(written, table["split"].null_count, settings, summary)
-    result["files"] = {f"{name}.parquet": files.sha256(folder / f"{name}.parquet") for name in written}
+    written = {f"{name}.parquet": files.sha256(folder / f"{name}.parquet") for name in splits.SPLITS}
+    return certify(folder, written, table["split"].null_count, settings, summary)
+
+
+def certify(
+    folder: pathlib.Path,
+    written: dict[str, str],
+    dropped: int,
+    settings: dict[str, Any],
+    summary: dict[str, Any],
+) -> dict[str, Any]:
+    """Writes and returns the certificate of the files in a folder, whose SHA-256 is told by name."""
+    tables = {
+        split: itertools.chain.from_iterable(_stream(folder / name) for name in _of_split(split, written))
+        for split in splits.SPLITS
+    }
+    result = certificate.certify(tables, dropped, settings, summary) | {"files": written}
     files.write_json(folder / CERTIFICATE, result)
     return result
 
 
-def save(table: pa.Table, path: pathlib.Path) -> None:
+def _of_split(split: str, names: Iterable[str]) -> list[str]:
+    return sorted(filter(re.compile(rf"{split}(-\d+)?\.parquet").fullmatch, names))
+
+
+def save(table: pa.Table, path: pathlib.Path | BinaryIO) -> None:
     """Writes a table as Parquet, its embeddings as bytes."""
     for name in rows.EMBEDDINGS:
         table = _replace(table, name, rows.to_bytes(table[name]))
@@ -75,7 +96,18 @@ def save(table: pa.Table, path: pathlib.Path) -> None:
 
 def load(path: pathlib.Path) -> pa.Table:
     """The table in a Parquet file, its embeddings as lists; raises pa.ArrowException where it is none."""
-    table = pq.read_table(path, memory_map=True)
+    return _with_lists(pq.read_table(path, memory_map=True))
+
+
+def _stream(path: pathlib.Path) -> Iterator[pa.Table]:
+    """What `load` gives, by row groups; at least one table."""
+    file = pq.ParquetFile(path, memory_map=True)
+    yield _with_lists(file.schema_arrow.empty_table())
+    for group in range(file.num_row_groups):
+        yield _with_lists(file.read_row_group(group))
+
+
+def _with_lists(table: pa.Table) -> pa.Table:
     for name in {*rows.EMBEDDINGS} & {*table.column_names}:
         table = _replace(table, name, rows.from_bytes(table[name]))
     return table
@@ -132,9 +164,7 @@ def read_certificate(folder: str | pathlib.Path) -> dict[str, Any]:
 
 def parts(folder: str | pathlib.Path, split: str) -> list[str]:
     """The names of a split's files, in order: one, or many where the dataset was made in parts."""
-    names = read_certificate(folder)["files"]
-    own = re.compile(rf"{split}(-\d+)?\.parquet")
-    return sorted(filter(own.fullmatch, names)) or [f"{split}.parquet"]
+    return _of_split(split, read_certificate(folder)["files"]) or [f"{split}.parquet"]
 
 
 def read(folder: str | pathlib.Path, split: str) -> pa.Table:

@@ -199,7 +199,17 @@ def read_run(
     if run.manifest:
         _check_manifest(run, ledger.seen.keys(), [line for line, _ in ledger.bad])
     table = ledger.table()
-    return Reading(table, _summarise(run, table, ledger, quarantine))
+    summary = summarise(
+        run,
+        rows=len(table),
+        queries=len(ledger.queries),
+        embedding_dim=ledger.dim,
+        unknown_fields=dict(sorted(ledger.unknown.items())),
+        absent_fields=absent(stated(table, ledger)),
+        quarantined=len(ledger.bad),
+        quarantine=str(quarantine) if ledger.bad else None,
+    )
+    return Reading(table, summary)
 
 
 def _reading(dim: int | None, keep_lines: bool) -> Callable[[Piece], rows.Block]:
@@ -220,13 +230,14 @@ class Ledger:
         self.states_clip = False
         self.bad: list[tuple[Line, InputError]] = []
         self._stop_at_bad = stop_at_bad
-        self._lines: dict[str, int] = collections.defaultdict(lambda: lines_before)  # read, by shard
+        self.lines_before = lines_before  # of a single shard, that nobody read
+        self.lines: collections.Counter[str] = collections.Counter()  # that were read, by shard
         self._tables: list[pa.Table] = []
 
     def add(self, piece: Piece, block: rows.Block) -> None:
         """Takes the next block; raises InputError where it breaks off, or has a bad line to stop at."""
-        before = self._lines[piece.file]
-        self._lines[piece.file] += block.lines
+        before = self.lines_before + self.lines[piece.file]
+        self.lines[piece.file] += block.lines
         self.dim = self.dim or block.dim
         column = block.table.column_names.index("line")
         table = block.table.set_column(column, "line", pc.add(block.table["line"], before))
@@ -292,23 +303,6 @@ class Ledger:
         return None
 
 
-def read_piece(piece: Piece, dim: int | None, stop_at_bad: bool) -> Ledger:
-    """A piece read by itself, with line numbers that count from the shard's first line.
-
-    All checks are made that `read_run` makes, within the piece.
-    """
-    block, trouble = rows.read_block(piece, dim, keep_lines=True), False
-    ledger = Ledger(dim, stop_at_bad)
-    try:
-        ledger.add(piece, block)
-    except InputError:
-        trouble = True
-    if trouble or ledger.bad:  # only then are the lines before it worth counting
-        ledger = Ledger(dim, stop_at_bad, rows.lines_before(piece))
-        ledger.add(piece, block)
-    return ledger
-
-
 def _moved(error: InputError, lines: int) -> InputError:
     """The error of a line whose number counted from the piece's first, `lines` behind the shard's."""
     number = (error.line or 0) + lines
@@ -326,23 +320,27 @@ def _with_lines(piece: Piece, before: int, errors: Collection[InputError]) -> li
     return [(line, errors_at[line.number]) for line in itertools.islice(wanted, len(errors_at))]
 
 
-def _summarise(run: Run, table: pa.Table, ledger: Ledger, quarantine: pathlib.Path | None) -> dict[str, Any]:
-    absent = {name for name in (*ATTRIBUTES, *rows.EMBEDDINGS) if table[name].null_count == len(table)}
-    absent |= set() if ledger.states_clip else {"clip_score"}
+def summarise(run: Run, **counts: Any) -> dict[str, Any]:
+    """What a certificate tells of the run that was read, and the `counts` of what was found in it."""
     return {
         "input": str(run.path),
         "shards": [shard.name for shard in run.shards],
         "manifest": msgspec.structs.asdict(run.manifest) | {"items_by_stage": {
             stage: len(items) for stage, items in run.manifest.items_by_stage.items()
         }} if run.manifest else None,
-        "rows": len(table),
-        "queries": len(ledger.queries),
-        "embedding_dim": ledger.dim,
-        "unknown_fields": dict(sorted(ledger.unknown.items())),
-        "absent_fields": sorted(absent),
-        "quarantined": len(ledger.bad),
-        "quarantine": str(quarantine) if ledger.bad else None,
+        **counts,
     }  # fmt: skip
+
+
+def stated(table: pa.Table, ledger: Ledger) -> list[str]:
+    """The attributes and embeddings that at least one line states."""
+    found = [name for name in (*ATTRIBUTES, *rows.EMBEDDINGS) if table[name].null_count < len(table)]
+    return [name for name in found if name != "clip_score" or ledger.states_clip]  # else it was filled in
+
+
+def absent(stated: Collection[str]) -> list[str]:
+    """The attributes and embeddings that no line states."""
+    return sorted({*ATTRIBUTES, *rows.EMBEDDINGS} - {*stated})
 
 
 def quarantine_lines(bad: list[tuple[Line, InputError]]) -> Iterator[bytes]:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
@@ -48,8 +49,8 @@ def parse_fractions(words: Sequence[str]) -> tuple[float, ...]:
 
 
 def split_rows(
-    query_ids: np.ndarray,
-    canonical_ids: np.ndarray,
+    query_ids: pa.ChunkedArray,
+    canonical_ids: pa.ChunkedArray,
     fractions: Sequence[float],
     salt: str,
     method: str = "auto",
@@ -60,8 +61,8 @@ def split_rows(
     `components` keeps connected components of shared queries and pictures whole and drops nothing;
     `auto` takes components where all of them are small, else strict.
     """
-    queries, query = np.unique(query_ids, return_inverse=True)
-    pictures, picture = np.unique(canonical_ids, return_inverse=True)
+    queries, query = _numbered(query_ids)
+    pictures, picture = _numbered(canonical_ids)
     component = components(query, picture)
     largest = float(np.bincount(component).max() / len(query))
     if method == "auto":
@@ -86,6 +87,12 @@ def split_rows(
         "share_dropped": dropped / len(split),
         "largest_component_share": largest,
     }
+
+
+def _numbered(ids: pa.ChunkedArray) -> tuple[list[str], np.ndarray]:
+    """The distinct ids, and for each row [N] which it has."""
+    column = ids.dictionary_encode().unify_dictionaries().combine_chunks()
+    return column.dictionary.to_pylist(), column.indices.to_numpy()
 
 
 def components(query: np.ndarray, picture: np.ndarray) -> np.ndarray:

@@ -93,7 +93,12 @@ def _check_certificate(data: Data) -> list[Breach]:
     if told["near_duplicates"]["pairs"] is None:  # features that people chose may stand in their place
         claimed = [name for name in CLAIMS if name != "missing"]
         tables = {name: _without_pictures(table) for name, table in tables.items()}
-    measured = certificate.certify(tables, told["rows_dropped"], told["settings"], told["input"])
+    measured = certificate.certify(
+        {name: [table] for name, table in tables.items()},
+        told["rows_dropped"],
+        told["settings"],
+        told["input"],
+    )
     if measured["near_duplicates"]["pairs"] is None:
         why = told["near_duplicates"].get("why") or measured["near_duplicates"]["why"]
         found += unchecked(["near_duplicates"], data.folder, str(why))

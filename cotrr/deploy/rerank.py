@@ -1,9 +1,7 @@
 """Reranked candidates as the lines that go back to Step 4: of lists in memory, or of a run part by part."""
 
-import base64
 import functools
-import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import msgspec
@@ -11,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from cotrr import files, shards
-from cotrr.data import runs
+from cotrr.data import parts, runs
 from cotrr.data.lists import Lists, to_lists
 from cotrr.data.rows import Piece
 from cotrr.deploy.reranker import arrange
@@ -81,24 +79,17 @@ def rerank_run(
     and started again ends with the same bytes.  Raises InputError where a query's lines are not together,
     and for what `read_run` raises it.
     """
-    store, plan = open_store(job.output), runs.pieces(run, job.part_bytes, whole_queries=True)
+    store, plan = open_store(job.output), parts.plan(run, job.part_bytes)
     shards.put_same(store, "job.json", msgspec.json.encode(job.settings))
-    work = functools.partial(rerank_part, job, run.manifest.embedding_dim if run.manifest else None)
-    parts, queries = [], []
+    work, made = functools.partial(rerank_part, job, parts.dim(run)), []
     for piece, record in zip(plan, runner(work, enumerate(plan)), strict=True):
         progress(piece.stop - piece.start)
-        queries.append(np.frombuffer(base64.b64decode(record.result.pop("queries")), np.uint64))
-        parts.append({"files": record.files, **record.result})
-    _check_apart(queries, plan)
-    _check_items(run, parts)
-    total = {name: sum(part[name] for part in parts) for name in ("rows", "quarantined", "left_behind")}
-    manifest = {
-        "status": "completed",
-        "queries": sum(map(len, queries)),
-        **total,
-        **job.settings,
-        "parts": parts,
-    }
+        made.append({"files": record.files, **record.result})
+    queries = parts.check(run, plan, made)
+    total = {name: sum(part[name] for part in made) for name in ("rows", "quarantined", "left_behind")}
+    for part in made:
+        del part["queries"]
+    manifest = {"status": "completed", "queries": queries, **total, **job.settings, "parts": made}
     shards.put_same(store, "manifest.json", msgspec.json.format(msgspec.json.encode(manifest), indent=1))
     return manifest
 
@@ -106,34 +97,21 @@ def rerank_run(
 def rerank_part(job: Job, dim: int | None, part: tuple[int, Piece]) -> shards.Record:
     """Scores the lines of one piece and commits its part of the output; a pure function of both."""
     number, piece = part
-    name, digest = f"part-{number:06d}", hashlib.sha256()
-    with open(piece.file, "rb") as stream:
-        stream.seek(piece.start)
-        for at in range(piece.start, piece.stop, 2**20):
-            digest.update(stream.read(min(2**20, piece.stop - at)))
-    key = files.digest([job.settings, dim, digest.hexdigest()])
+    name, key = f"part-{number:06d}", files.digest([job.settings, dim, parts.digest(piece)])
     return shards.once(open_store(job.output), name, key, lambda: _make_part(job, dim, piece, name))
 
 
 def _make_part(job: Job, dim: int | None, piece: Piece, name: str) -> tuple[dict[str, bytes], dict[str, Any]]:
     """The files of a part, and what is known of it."""
-    ledger = runs.read_piece(piece, dim, stop_at_bad=not job.quarantine)
+    ledger = parts.read(piece, dim, quarantine=job.quarantine, keep_lines=True)
     made, table, behind = {f"{name}.jsonl": b""}, ledger.table(), 0
     if len(table):
         lists = to_lists(table)
         scored = score(load(job.model, job.version), lists)
         made = {f"{name}.jsonl": b"".join(lines(table, lists, scored, job.top_m, job.version))}
         behind = left_behind(lists, scored, job.top_m)
-    if ledger.bad:
-        made[f"{name}.quarantine.jsonl"] = b"".join(runs.quarantine_lines(ledger.bad))
-    return made, {
-        "rows": len(table),
-        "quarantined": len(ledger.bad),
-        "left_behind": behind,
-        "unknown_fields": dict(sorted(ledger.unknown.items())),
-        "items": _sums(ledger.seen),
-        "queries": base64.b64encode(_hashes(ledger.queries).tobytes()).decode(),
-    }
+    made |= parts.quarantined(ledger, name)
+    return made, parts.facts(ledger, table) | {"left_behind": behind}
 
 
 @functools.cache
@@ -163,46 +141,3 @@ def score(scorer: Scorer, lists: Lists) -> Scored:
         if not np.isfinite(scored.logit[q]).all():
             raise InputError(f"candidates of query {lists.query_id[q]!r} have no finite score")
     return scored
-
-
-def _hashes(names: Iterable[str]) -> np.ndarray:
-    """[N] uint64."""
-    digest = lambda name: hashlib.blake2b(name.encode(), digest_size=8).digest()
-    return np.frombuffer(b"".join(map(digest, names)), np.uint64)
-
-
-def _sums(keys: Iterable[tuple[str, str]]) -> list[int]:
-    """Hashes of items added up, modulo 2^64: the same in any order; of `query_id/id`, and of `id` alone."""
-    keys = list(keys)
-    return [int(_hashes(names).sum()) for names in (map("/".join, keys), (key[1] for key in keys))]
-
-
-def _check_apart(queries: list[np.ndarray], plan: list[Piece]) -> None:
-    """Raises InputError where a query is in two pieces."""
-    whole, part = np.concatenate(queries), np.repeat(np.arange(len(plan)), list(map(len, queries)))
-    order = np.argsort(whole, kind="stable")
-    twice = np.flatnonzero(np.diff(whole[order]) == 0)
-    if len(twice):
-        first, again = (plan[part[order[twice[0] + i]]] for i in (0, 1))
-        raise InputError(
-            f"a query has lines behind byte {first.start:,} of {first.file} and again here, behind byte "
-            f"{again.start:,}",
-            file=again.file,
-            remedy="In parts, a query's lines must stand together: sort the run, or name a file as --output",
-        )
-
-
-def _check_items(run: runs.Run, parts: list[dict[str, Any]]) -> None:
-    """The manifest's scored items and the lines must agree; a quarantined line counts as present."""
-    if not run.manifest:
-        return
-    listed = run.manifest.items_by_stage["scored"]
-    found, bad = (sum(part[name] for part in parts) for name in ("rows", "quarantined"))
-    sums = [sum(part["items"][form] for part in parts) % 2**64 for form in (0, 1)]
-    agree = int(_hashes(listed).sum()) in sums
-    if not (agree or (bad and found <= len(listed) <= found + bad)):
-        raise InputError(
-            f"the manifest lists {len(listed)} scored items, the lines have {found}, and they disagree",
-            file=run.path / "manifest.json", field="items_by_stage.scored",
-            remedy="The run is incomplete or mixed up: have Step 4 write it again",
-        )  # fmt: skip

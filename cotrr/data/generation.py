@@ -1,0 +1,200 @@
+"""A dataset of a run that may be larger than memory: the rows, splits and labels that reading at once gives.
+
+Each part of the run is read once and kept as Parquet; with the ids of all of them the split is made;
+then each part is written again, split by split.  Both are pure functions of a part, committed by
+put-if-absent, so processes or machines share them, and a job that was killed goes on where it was.
+Behind the reading, memory holds some 150 bytes of a row, and the ids of distinct queries and pictures.
+"""
+
+import functools
+import hashlib
+import io
+import itertools
+import pathlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from cotrr import files, shards
+from cotrr.data import dataset, parts, rows, runs, splits
+from cotrr.data.rows import Piece
+from cotrr.deploy.store import ASIDE, open_store
+from cotrr.errors import InputError
+
+_KEYS = ("query_id", "canonical_id")
+_LEFT = ("parts", "records", ASIDE)  # what is of no use once the certificate is written
+
+
+class Job(NamedTuple):
+    """What all parts of a dataset share."""
+
+    output: str  # folder that every worker sees
+    part_bytes: int  # of the run
+    quarantine: bool  # bad lines are put aside; else the first ends the job
+    fractions: tuple[float, ...]
+    compliance_weight: float
+    split_salt: str
+    split_method: str
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the certificate tells of them."""
+        return {k: v for k, v in self._asdict().items() if k not in ("output", "part_bytes", "quarantine")}
+
+
+class Reread(NamedTuple):
+    """A part that was read, and what is known of it only now."""
+
+    number: int
+    sha256: str
+    split: bytes  # [N] int8 index into SPLITS, or DROPPED
+    lines_before: int  # in the shard, that its line numbers lack
+    dim: int | None  # of the run's embeddings
+
+
+def generate(
+    run: runs.Run, job: Job, quarantine: pathlib.Path, runner: shards.Runner, progress: Callable[[int], None]
+) -> dict[str, Any]:
+    """Writes the dataset and its certificate, which it returns; bad lines go to `quarantine`, if anywhere.
+
+    Raises InputError where a query's lines are not together, where the folder holds another dataset, and
+    for what `read_run` raises it.
+    """
+    hashes, folder = dataset.hash_files(run), pathlib.Path(job.output)
+    if made := _made(folder, job, hashes):
+        return made
+    plan = parts.plan(run, job.part_bytes)
+    read, records = functools.partial(read_part, job, parts.dim(run)), []
+    for part, record in zip(plan, runner(read, enumerate(plan)), strict=True):
+        progress(part.stop - part.start)
+        records.append(record)
+    found = [record.result for record in records]
+    queries = parts.check(run, plan, found)
+    split, cost = _split(job, len(plan))
+    dim = next((part["dim"] for part in found if part["dim"]), None)
+    todo = _reread(plan, records, split, dim)
+    written = {name: sha256 for record in runner(functools.partial(write_part, job), todo)
+               for name, sha256 in record.files.items()}  # fmt: skip
+    bad = _gather_quarantine(folder, records, quarantine)
+    unknown = sum((Counter(part["unknown_fields"]) for part in found), Counter())
+    summary = runs.summarise(
+        run,
+        rows=sum(part["rows"] for part in found),
+        queries=queries,
+        embedding_dim=dim,
+        unknown_fields=dict(sorted(unknown.items())),
+        absent_fields=runs.absent({name for part in found for name in part["stated"]}),
+        quarantined=bad,
+        quarantine=str(quarantine) if bad else None,
+    )
+    dropped = int((split == splits.DROPPED).sum())
+    settings = job.settings | {"split": cost}
+    made = dataset.certify(folder, written, dropped, settings, summary | {"hashes": hashes})
+    files.remove(folder, _LEFT)
+    return made
+
+
+def _made(folder: pathlib.Path, job: Job, hashes: dict[str, str]) -> dict[str, Any] | None:
+    """The certificate of this very dataset; None where there is none yet."""
+    if not (folder / dataset.CERTIFICATE).exists():
+        return None
+    made = dataset.read_certificate(folder)
+    settings = {k: v for k, v in made["settings"].items() if k != "split"}
+    if settings != files.finite(job.settings) or made["input"].get("hashes") != hashes:
+        raise InputError("the dataset there has other input or other settings", file=folder,
+                         remedy="Name another --output, or remove it")  # fmt: skip
+    files.remove(folder, _LEFT)
+    return made
+
+
+def read_part(job: Job, dim: int | None, part: tuple[int, Piece]) -> shards.Record:
+    """Reads the lines of one part and commits them as Parquet; a pure function of both."""
+    number, piece = part
+    key = files.digest([job.quarantine, dim, parts.digest(piece)])
+
+    def work() -> tuple[dict[str, bytes], parts.Facts]:
+        ledger = parts.read(piece, dim, quarantine=job.quarantine, keep_lines=False)
+        table = ledger.table()
+        name = _part(number)
+        return {name: _parquet(table)} | parts.quarantined(ledger, name), parts.facts(ledger, table)
+
+    return shards.once(open_store(job.output), f"read-{number:06d}", key, work)
+
+
+def write_part(job: Job, part: Reread) -> shards.Record:
+    """Commits the rows of one part, with their labels, by split; a pure function of both."""
+    key = files.digest([job.settings, part._asdict() | {"split": hashlib.sha256(part.split).hexdigest()}])
+
+    def work() -> tuple[dict[str, bytes], None]:
+        table = dataset.load(pathlib.Path(job.output) / _part(part.number))
+        split = np.frombuffer(part.split, np.int8)
+        labelled = dataset.with_labels(_completed(table, part), split, job.compliance_weight)
+        made = {}
+        for index, name in enumerate(splits.SPLITS):
+            # Every split has a file, if an empty one, and it is the first part's.
+            if (split == index).any() or part.number == 0:
+                made[f"{name}-{part.number:06d}.parquet"] = _parquet(
+                    labelled.filter(pa.array(split == index))
+                )
+        return made, None
+
+    return shards.once(open_store(job.output), f"write-{part.number:06d}", key, work)
+
+
+def _part(number: int) -> str:
+    return f"parts/{number:06d}.parquet"
+
+
+def _parquet(table: pa.Table) -> bytes:
+    dataset.save(table, out := io.BytesIO())
+    return out.getvalue()
+
+
+def _completed(table: pa.Table, part: Reread) -> pa.Table:
+    """The rows with lines numbered from the shard's first, and embeddings of the run's length."""
+    line = pc.add(table["line"], part.lines_before)
+    table = table.set_column(table.column_names.index("line"), "line", line)
+    kind = pa.list_(pa.float32(), part.dim or 1)
+    for name in rows.EMBEDDINGS:
+        if table.schema.field(name).type != kind:  # no line of the part has one
+            table = table.set_column(table.column_names.index(name), name, pa.nulls(len(table), kind))
+    return table
+
+
+def _split(job: Job, count: int) -> tuple[np.ndarray, dict[str, Any]]:
+    """[N] the split of each row of all parts, and what the choice cost."""
+    read = lambda number: pq.read_table(pathlib.Path(job.output) / _part(number), columns=list(_KEYS),
+                                        read_dictionary=list(_KEYS), memory_map=True)  # fmt: skip
+    ids = pa.concat_tables(map(read, range(count)))
+    split, cost = splits.split_rows(*(ids[name] for name in _KEYS), job.fractions, job.split_salt,
+                                    job.split_method)  # fmt: skip
+    return split.astype(np.int8), cost
+
+
+def _reread(
+    plan: list[Piece], records: list[shards.Record], split: np.ndarray, dim: int | None
+) -> Iterator[Reread]:
+    """What `write_part` needs to know of each part."""
+    row, lines = 0, Counter[str]()
+    for number, (piece, record) in enumerate(zip(plan, records, strict=True)):
+        facts, stop = record.result, row + record.result["rows"]
+        before = lines[piece.file] - facts["lines_before"]
+        yield Reread(number, record.files[_part(number)], split[row:stop].tobytes(), before, dim)
+        row, lines[piece.file] = stop, lines[piece.file] + facts["lines"]
+
+
+def _gather_quarantine(folder: pathlib.Path, records: list[shards.Record], place: pathlib.Path) -> int:
+    """Puts the parts' bad lines one after another; how many there are."""
+    bad = sum(record.result["quarantined"] for record in records)
+    place.unlink(missing_ok=True)  # what an earlier reading put there is not this one's
+    if bad:
+        with files.replacing(place) as temporary, open(temporary, "wb") as out:
+            for name in itertools.chain.from_iterable(record.files for record in records):
+                if name.endswith(parts.QUARANTINE):
+                    out.write((folder / name).read_bytes())
+    return bad

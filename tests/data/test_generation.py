@@ -1,0 +1,160 @@
+"""A dataset made in parts: the same as at once, whoever is killed when."""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+
+from cotrr import shards
+from cotrr.data import dataset, generation, runs, splits
+from cotrr.deploy.store import LocalStore
+from cotrr.errors import InputError
+from tests.conftest import scored_line
+
+SETTINGS = {"fractions": (0.5, 0.2, 0.3), "compliance_weight": 0.7, "split_salt": "s"}
+
+
+@pytest.fixture
+def lines():
+    """Forty queries of nine candidates from fifty pictures; some lines lack an embedding or constraints."""
+    rng = np.random.default_rng(3)
+    lines = [scored_line(q, int(i), query_id=f"q{q}", canonical_id=f"shoot{i // 2}")
+             for q in range(40) for i in rng.choice(50, 9, replace=False)]  # fmt: skip
+    for line in lines[90:120]:
+        del line["image_embedding"], line["text_embedding"]
+    lines[200]["constraints"], lines[205]["odd"] = None, 1
+    return lines
+
+
+def make_job(output: pathlib.Path, **changes) -> generation.Job:
+    return generation.Job(str(output), 3000, False, split_method="strict", **SETTINGS)._replace(**changes)
+
+
+def generate(run: pathlib.Path, job: generation.Job, runner=map) -> dict:
+    aside = pathlib.Path(job.output + ".quarantine.jsonl")
+    return generation.generate(runs.find_run(run), job, aside, runner, lambda _: None)
+
+
+def at_once(run: pathlib.Path, output: pathlib.Path, method: str, aside: pathlib.Path | None = None) -> dict:
+    reading = runs.read_run(run, quarantine=aside)
+    table, cost = dataset.prepare(reading.table, *SETTINGS.values(), method)
+    settings = SETTINGS | {"split_method": method, "split": cost}
+    found = runs.find_run(run)
+    return dataset.write(table, output, settings, reading.summary | {"hashes": dataset.hash_files(found)})
+
+
+def assert_same(parts: pathlib.Path, whole: pathlib.Path) -> None:
+    """The same rows in the same order, and the same certificate but for the files' names."""
+    for split in splits.SPLITS:
+        assert dataset.read(parts, split).equals(dataset.read(whole, split))
+    one, other = (dataset.read_certificate(folder) for folder in (parts, whole))
+    assert {**one, "files": 0} == {**other, "files": 0}
+
+
+@pytest.mark.parametrize("method", splits.METHODS)
+def test_parts_hold_what_the_whole_holds(write_run, lines, tmp_path, method):
+    run = write_run(lines)
+    with shards.local(2) as runner:
+        made = generate(run, make_job(tmp_path / "parts", split_method=method), runner)
+    at_once(run, tmp_path / "whole", method)
+    assert len(made["files"]) > 10
+    assert_same(tmp_path / "parts", tmp_path / "whole")
+    left = {path.name for path in (tmp_path / "parts").iterdir()}
+    assert left == {*made["files"], dataset.CERTIFICATE}
+
+
+def test_shards_and_bad_lines(write_run, lines, tmp_path):
+    """Lines are numbered in their own shard, and what is wrong with one is put aside."""
+    texts = list(map(json.dumps, lines))
+    texts[100] = texts[100].replace('"subject_ratio": 0.3', '"subject_ratio": 3')
+    texts[250] = texts[249]
+    items = [f"{line['query_id']}/{line['id']}" for line in map(json.loads, texts)]
+    run = write_run(texts, manifest=items)
+    content = (run / "scored.jsonl").read_text().splitlines(keepends=True)
+    (run / "scored.jsonl").unlink()
+    for number, stop in enumerate((180, 360)):
+        (run / f"scored-{number}.jsonl").write_text("".join(content[180 * number : stop]))
+    with pytest.raises(InputError, match=r"scored-0\.jsonl, line 101, field `subject_ratio`"):
+        generate(run, make_job(tmp_path / "refused"))
+    aside = tmp_path / "aside.jsonl"
+    at_once(run, tmp_path / "whole", "strict", aside)
+    made = generate(run, make_job(tmp_path / "parts", quarantine=True))
+    place = pathlib.Path(f"{tmp_path / 'parts'}.quarantine.jsonl")
+    assert place.read_bytes() == aside.read_bytes()
+    assert (made["input"]["quarantined"], made["input"]["quarantine"]) == (2, str(place))
+    for split in splits.SPLITS:
+        assert dataset.read(tmp_path / "parts", split).equals(dataset.read(tmp_path / "whole", split))
+
+
+def test_broken_off_anywhere_it_ends_with_the_same_bytes(write_run, lines, tmp_path, monkeypatch):
+    """Every write of the job in turn is the last that is done; then the job is called again."""
+    run, writes, put = write_run(lines[:60]), 0, LocalStore.put
+    generate(run, make_job(tmp_path / "whole"))
+    monkeypatch.setattr(LocalStore, "put", lambda *call: _counted(put, *call))
+
+    def _counted(put, *call):
+        nonlocal writes
+        if not writes:
+            raise KeyboardInterrupt
+        writes -= 1
+        return put(*call)
+
+    broken_off, allowed = 0, 0
+    while True:
+        writes = allowed
+        folder = tmp_path / f"broken{allowed}"
+        try:
+            generate(run, make_job(folder))
+            break
+        except KeyboardInterrupt:
+            broken_off += 1
+        writes = -1
+        generate(run, make_job(folder))
+        assert content(folder) == content(tmp_path / "whole")
+        allowed += 1
+    assert broken_off > 20
+
+
+def content(folder: pathlib.Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_finished_parts_are_not_read_again(write_run, lines, tmp_path, monkeypatch):
+    run, read, starts = write_run(lines), generation.parts.read, []
+    monkeypatch.setattr(generation.parts, "read", lambda piece, *rest, **more: (
+        starts.append(piece.start), read(piece, *rest, **more))[1])  # fmt: skip
+    with pytest.raises(ZeroDivisionError):
+        generation.generate(runs.find_run(run), make_job(tmp_path / "parts"), tmp_path / "aside", map,
+                            lambda _: 1 / (len(starts) < 5))  # fmt: skip
+    assert len(starts) == 5
+    generate(run, make_job(tmp_path / "parts"))
+    assert len(set(starts)) == len(starts) > 10
+
+
+def test_again_changes_nothing_and_other_settings_are_refused(write_run, lines, tmp_path):
+    run, job = write_run(lines), make_job(tmp_path / "parts")
+    made = generate(run, job)
+    before = content(tmp_path / "parts")
+    assert generate(run, job) == dataset.read_certificate(tmp_path / "parts")
+    assert content(tmp_path / "parts") == before
+    assert made["counts"] == dataset.read_certificate(tmp_path / "parts")["counts"]
+    with pytest.raises(InputError, match="other input or other settings"):
+        generate(run, job._replace(split_salt="t"))
+    text = (run / "scored.jsonl").read_text()
+    (run / "scored.jsonl").write_text(text.replace('"subject_ratio": 0.3', '"subject_ratio": 0.4'))
+    with pytest.raises(InputError, match="other input or other settings"):
+        generate(run, job)
+
+
+def test_what_only_all_parts_show_is_refused(write_run, lines, tmp_path):
+    with pytest.raises(InputError, match="a query's lines must stand together"):
+        generate(write_run([*lines[1:], lines[0]]), make_job(tmp_path / "apart"))
+    run = write_run(lines, manifest=["q0/p1"])
+    with pytest.raises(InputError, match="lists 1 scored items, the lines have 360"):
+        generate(run, make_job(tmp_path / "items"))
+    other = [scored_line(q, i, dim=5) for q in range(40, 60) for i in range(9)]
+    bare = write_run([*lines, *other]) / "scored.jsonl"
+    with pytest.raises(InputError, match="5 numbers .* where this run has 4"):
+        generate(bare, make_job(tmp_path / "lengths"))
+    assert not list(tmp_path.glob("*/certificate.json"))
