@@ -5,7 +5,7 @@ import contextlib
 import heapq
 import itertools
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -23,13 +23,13 @@ KEYS = ("canonical_id", "query_id")  # that no two splits may share
 NEAR_DUPLICATE = 0.98  # cosine between image embeddings of different pictures
 UNSEEN = "not looked for: no picture has an embedding"
 DETERMINED = 0.999  # share of y's variance that one feature may not explain
-BLOCK = 2048  # pictures of either split that are compared at once: bounds memory
+BLOCK = 1024  # pictures of either split that are compared at once: bounds memory
 _WORDS = ("query_id", "canonical_id", "domain", "label")  # recur, so they are held as numbers
 _COLUMNS = (*_WORDS, *ATTRIBUTES, "y")
 
 
 def certify(
-    splits: dict[str, Iterable[pa.Table]], dropped: int, settings: dict[str, Any], summary: dict[str, Any]
+    splits: Mapping[str, Iterable[pa.Table]], dropped: int, settings: dict[str, Any], summary: dict[str, Any]
 ) -> dict[str, Any]:
     """The certificate of a dataset given as the tables of each split; `dropped` rows went to no split.
 

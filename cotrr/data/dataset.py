@@ -5,6 +5,7 @@ In the files an embedding is FIXED_LEN_BYTE_ARRAY, its float32 numbers in little
 dictionary, so a query's is stored once.
 """
 
+import functools
 import io
 import itertools
 import json
@@ -82,8 +83,7 @@ def save(table: pa.Table, path: pathlib.Path | BinaryIO) -> None:
     """Writes a table as Parquet, its embeddings as bytes."""
     for name in rows.EMBEDDINGS:
         table = _replace(table, name, rows.to_bytes(table[name]))
-    pq.write_table(table.schema.empty_table(), sink := io.BytesIO())
-    leaves = {column.path for column in pq.ParquetFile(sink).schema}
+    leaves = _leaves(table.schema)
     pq.write_table(
         table,
         path,
@@ -94,6 +94,13 @@ def save(table: pa.Table, path: pathlib.Path | BinaryIO) -> None:
     )
 
 
+@functools.lru_cache
+def _leaves(schema: pa.Schema) -> frozenset[str]:
+    """The paths of the columns that Parquet makes of a schema; kept, since asking leaves garbage behind."""
+    pq.write_table(schema.empty_table(), sink := io.BytesIO())
+    return frozenset(column.path for column in pq.ParquetFile(sink).schema)
+
+
 def load(path: pathlib.Path) -> pa.Table:
     """The table in a Parquet file, its embeddings as lists; raises pa.ArrowException where it is none."""
     return _with_lists(pq.read_table(path, memory_map=True))
@@ -101,10 +108,10 @@ def load(path: pathlib.Path) -> pa.Table:
 
 def _stream(path: pathlib.Path) -> Iterator[pa.Table]:
     """What `load` gives, by row groups; at least one table."""
-    file = pq.ParquetFile(path, memory_map=True)
-    yield _with_lists(file.schema_arrow.empty_table())
-    for group in range(file.num_row_groups):
-        yield _with_lists(file.read_row_group(group))
+    with pq.ParquetFile(path, memory_map=True) as file:
+        yield _with_lists(file.schema_arrow.empty_table())
+        for group in range(file.num_row_groups):
+            yield _with_lists(file.read_row_group(group))
 
 
 def _with_lists(table: pa.Table) -> pa.Table:

@@ -8,11 +8,10 @@ import gzip
 import hashlib
 import json
 import math
-import operator
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -49,6 +48,10 @@ GZIP_ERRORS = (EOFError, zlib.error, gzip.BadGzipFile)
 NOTHING: frozenset[str] = frozenset()
 
 
+class _Known(Candidate, forbid_unknown_fields=True):
+    """A candidate whose line holds nothing else."""
+
+
 class _Query(msgspec.Struct):
     query: str | None = None
     query_id: str | None = None
@@ -56,9 +59,12 @@ class _Query(msgspec.Struct):
 
 FIX = "Mend the line, or set --on_bad_line=quarantine to put bad lines aside"
 _decode = msgspec.json.Decoder(Candidate).decode
+_decode_known = msgspec.json.Decoder(_Known).decode
 _basename = functools.cache(os.path.basename)
 _decode_query = msgspec.json.Decoder(_Query).decode
 _split_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+_FIELDS = Candidate.__struct_fields__  # in the order of their values
+_CLIP = _FIELDS.index("clip_score")
 
 
 class Line(NamedTuple):
@@ -129,11 +135,14 @@ class Facts(NamedTuple):
     text_embedding: bytes | None  # a digest
 
 
-class Embedding(NamedTuple):
+class Embedding(msgspec.Struct, frozen=True, gc=False):
     """An embedding as it was read."""
 
+    name: str
     vector: np.ndarray  # [d] float32
-    norm: float  # of the numbers as they stand in the line
+    flaw: str | None  # what is wrong with it
+    digest: bytes | None  # of the vector, where it is the query's
+    text: bytes  # in the line
 
 
 class Piece(NamedTuple):
@@ -158,27 +167,6 @@ class Block(NamedTuple):
     end: InputError | None  # why the piece cannot be read to its end
 
 
-def read_block(piece: Piece, dim: int | None, keep_lines: bool) -> Block:
-    """Reads and checks the lines of a piece; `dim` is the length of embeddings, where that is known."""
-    reader, number, end = Reader(dim, keep_lines), 0, None
-    bad: list[tuple[Line, InputError]] = []
-    try:
-        with np.errstate(over="ignore"), _without_collections():
-            for number, content in enumerate(lines_of(piece), 1):
-                line = Line(piece.file, number, content)
-                try:
-                    if not content.isspace():
-                        reader.add(line)
-                except InputError as error:
-                    bad.append((line, error))
-    except GZIP_ERRORS as error:
-        end = broken_gzip(piece.file, number, error)
-    states_clip = [row.clip_score is not None for row in reader.candidates]
-    return Block(
-        reader.table(), reader.dim, number, reader.facts, reader.fact, reader.unknown, states_clip, bad, end
-    )
-
-
 @contextlib.contextmanager
 def _without_collections() -> Iterator[None]:
     """No search for cyclic garbage: lines make none, and the search takes a tenth of the time."""
@@ -191,13 +179,35 @@ def _without_collections() -> Iterator[None]:
             gc.enable()
 
 
+@_without_collections()
+def read_block(piece: Piece, dim: int | None, keep_lines: bool) -> Block:
+    """Reads and checks the lines of a piece; `dim` is the length of embeddings, where that is known."""
+    reader, number, end = Reader(dim, keep_lines), 0, None
+    bad: list[tuple[Line, InputError]] = []
+    try:
+        with np.errstate(over="ignore"):
+            for number, content in enumerate(lines_of(piece), 1):
+                line = Line(piece.file, number, content)
+                try:
+                    if not content.isspace():
+                        reader.add(line)
+                except InputError as error:
+                    bad.append((line, error))
+    except GZIP_ERRORS as error:
+        end = broken_gzip(piece.file, number, error)
+    states_clip = [candidate[_CLIP] is not None for candidate in reader.candidates]
+    return Block(
+        reader.table(), reader.dim, number, reader.facts, reader.fact, reader.unknown, states_clip, bad, end
+    )
+
+
 def lines_of(piece: Piece) -> Iterator[bytes]:
     """The lines of a piece, blank ones included; raises GZIP_ERRORS where a stream is broken."""
     if piece.file.endswith(".gz"):
         with gzip.open(piece.file, "rb") as stream:
             yield from stream
         return
-    with open(piece.file, "rb", buffering=2**20) as stream:
+    with open(piece.file, "rb", buffering=2**17) as stream:
         at = piece.start
         if at:  # a line that begins before belongs to the piece before
             stream.seek(at - 1)
@@ -228,7 +238,7 @@ class Reader:
 
     def __init__(self, embedding_dim: int | None, keep_lines: bool):
         self.dim = embedding_dim
-        self.columns: dict[str, list] = collections.defaultdict(list, constraints=[], file=[], line=[])
+        self.columns: dict[str, Any] = collections.defaultdict(list, file=[], line=[])
         if keep_lines:
             self.columns["line_json"] = []
         self.vectors: dict[str, list[np.ndarray | None]] = collections.defaultdict(list)
@@ -236,84 +246,55 @@ class Reader:
         self.fact: list[int] = []
         self.unknown: list[frozenset[str]] = []
         self._keep_lines = keep_lines
-        self.candidates: list[Candidate] = []
+        self.candidates: list[tuple] = []  # the values of their fields
         self._parse_floats = _float_parser()
-        # Candidates of a query stand together and repeat what belongs to it.  So of what was latest: each
-        # embedding's text and numbers, the text embedding's digest, the constraints as they came and go out.
-        self._latest: dict[str, tuple[bytes, Embedding]] = {}
-        self._digested: tuple[np.ndarray | None, bytes] = None, b""
-        self._dumped = b"", ""
+        # By name, the latest: candidates of a query stand together and repeat its text embedding.
+        self._latest: dict[str, Embedding] = {}
 
     def add(self, line: Line) -> None:
         """Reads one line; raises InputError, and adds nothing, where it breaks the contract."""
+        rest = line.content
         try:
-            row, fields, embeddings = self._decode(line.content)
+            rest, texts = cut_embeddings(rest)
+            row = _decode_rest(rest, texts)
+            embeddings = {name: self._read(name, text) for name, text in texts.items()}
         except (ValueError, TypeError, RecursionError, RuntimeError):
-            row, fields = parse(line), _split_fields(line.content)  # tells what is wrong, if anything is
+            rest, row = line.content, parse(line)  # tells what is wrong, if anything is
             given = ((name, getattr(row, name)) for name in EMBEDDINGS)
-            embeddings = {name: _embedding(np.array(values)) for name, values in given if values is not None}
-        for name, embedding in embeddings.items():
-            self._check_embedding(embedding, name, line)
-        self._append(row, fields, embeddings, line)
-
-    def _decode(self, content: bytes) -> tuple[Candidate, dict[str, msgspec.Raw], dict[str, Embedding]]:
-        """A line whose embeddings are cut out and parsed apart; raises ValueError where that fails."""
-        rest, texts = cut_embeddings(content)
-        rest.decode()
-        row = _decode(rest)
-        if any(getattr(row, name) != (STAND_IN if name in texts else None) for name in EMBEDDINGS):
-            raise ValueError("what was cut out is no embedding of the line")
-        for name, text in texts.items():
-            if name not in self._latest or self._latest[name][0] != text:
-                self._latest[name] = text, _embedding(self._parse_floats(text))
-        embeddings = {name: self._latest[name][1] for name in EMBEDDINGS if name in texts}
-        return row, _split_fields(rest), embeddings
-
-    def _check_embedding(self, embedding: Embedding, name: str, line: Line) -> None:
-        vector, norm = embedding
-        self.dim = self.dim or len(vector)
-        if len(vector) != self.dim:
-            reason = f"{len(vector)} numbers where this run has {self.dim}"
-        elif 1e-6 <= norm <= 1e6:
-            return
-        elif not vector.any():
-            reason = "all zeros, so its cosine is undefined"
-        else:
-            reason = f"a vector of length {norm:g}; expected an embedding, of length 1e-6 to 1e6"
-        raise InputError(reason, file=line.file, line=line.number, field=name, remedy=FIX)
-
-    def _append(
-        self, row: Candidate, fields: dict[str, msgspec.Raw], embeddings: dict[str, Embedding], line: Line
-    ) -> None:
-        for name in EMBEDDINGS:
-            self.vectors[name].append(embeddings[name].vector if name in embeddings else None)
-        text = self._digest(embeddings["text_embedding"].vector) if "text_embedding" in embeddings else None
-        facts = Facts(row.key[0], row.query, row.domain, row.constraints, row.cluster_id, text)
-        if not self.facts or facts != self.facts[-1]:
-            self.facts.append(facts)
-        self.fact.append(len(self.facts) - 1)
-        self.unknown.append(NOTHING if FIELDS.issuperset(fields) else frozenset(fields) - FIELDS)
-        self.candidates.append(row)
-        self.columns["constraints"].append(self._constraints(row, fields))
+            embeddings = {name: _embedding(name, np.array(values)) for name, values in given if values}
+        image, text = map(embeddings.get, EMBEDDINGS)
+        for embedding in (image, text):
+            if embedding and (embedding.flaw or len(embedding.vector) != self.dim):
+                self._refuse(embedding, line)
+        self._append(row, image, text)
         self.columns["file"].append(_basename(line.file))
         self.columns["line"].append(line.number)
+        self.unknown.append(NOTHING if type(row) is _Known else frozenset(_split_fields(rest)) - FIELDS)
         if self._keep_lines:
-            rest = {k: v for k, v in fields.items() if not k.endswith("_embedding")}
-            self.columns["line_json"].append(msgspec.json.encode(rest))
+            self.columns["line_json"].append(_without_embeddings(rest))
 
-    def _constraints(self, row: Candidate, fields: dict[str, msgspec.Raw]) -> str | None:
-        """The constraints as JSON, their keys sorted."""
-        if row.constraints is None:
-            return None
-        text = bytes(fields["constraints"])
-        if text != self._dumped[0]:
-            self._dumped = text, json.dumps(row.constraints, sort_keys=True)
-        return self._dumped[1]
+    def _read(self, name: str, text: bytes) -> Embedding:
+        if name not in self._latest or self._latest[name].text != text:
+            self._latest[name] = _embedding(name, self._parse_floats(text), text)
+        return self._latest[name]
 
-    def _digest(self, vector: np.ndarray) -> bytes:
-        if vector is not self._digested[0]:
-            self._digested = vector, hashlib.blake2b(vector.data, digest_size=16).digest()
-        return self._digested[1]
+    def _refuse(self, embedding: Embedding, line: Line) -> None:
+        """Raises InputError, but for the first embedding of all, whose length is that of the others."""
+        self.dim = self.dim or len(embedding.vector)
+        reason = embedding.flaw
+        if len(embedding.vector) != self.dim:
+            reason = f"{len(embedding.vector)} numbers where this run has {self.dim}"
+        if reason:
+            raise InputError(reason, file=line.file, line=line.number, field=embedding.name, remedy=FIX)
+
+    def _append(self, row: Candidate, image: Embedding | None, text: Embedding | None) -> None:
+        self.vectors["image_embedding"].append(image and image.vector)
+        self.vectors["text_embedding"].append(text and text.vector)
+        facts = row.query_id, row.query, row.domain, row.constraints, row.cluster_id, text and text.digest
+        if not self.facts or facts != self.facts[-1]:
+            self.facts.append(Facts(*facts))
+        self.fact.append(len(self.facts) - 1)
+        self.candidates.append(msgspec.structs.astuple(row))
 
     def table(self) -> pa.Table:
         """The columns as a table; embeddings are float32 lists of one length."""
@@ -326,19 +307,45 @@ class Reader:
         return _fill_clip_score(pa.table(columns))
 
 
-def _columns_of(candidates: list[Candidate]) -> dict[str, list]:
-    """The values of N candidates by column."""
-    taken = lambda name: list(map(operator.attrgetter(name), candidates))
-    columns = {name: taken(name) for name in (*KEYS, *FLOATS, *SHOWN)}
-    conflicts = columns["conflicts"] = msgspec.to_builtins(taken("conflicts"))
+def _decode_rest(rest: bytes, texts: dict[str, bytes]) -> Candidate:
+    """What a line says but for its embeddings; raises ValueError where what was cut out is none."""
+    rest.decode()
+    try:
+        row = _decode_known(rest)
+    except msgspec.ValidationError:
+        row = _decode(rest)
+    for name in EMBEDDINGS:
+        if getattr(row, name) != (STAND_IN if name in texts else None):
+            raise ValueError("what was cut out is no embedding of the line")
+    return row
+
+
+def _columns_of(candidates: list[tuple]) -> dict[str, Sequence]:
+    """The columns of N candidates, each given as the values of its fields."""
+    columns: dict[str, Sequence] = dict.fromkeys(_FIELDS, ())
+    columns |= zip(_FIELDS, zip(*candidates, strict=True), strict=False)  # without candidates, none
+    columns["constraints"] = [None if found is None else _sort_keys(msgspec.json.encode(found))
+                              for found in columns["constraints"]]  # fmt: skip
+    severities = [None if found is None else [conflict.severity for conflict in found]
+                  for found in columns["conflicts"]]  # fmt: skip
     for severity in ("strong", "soft"):
-        columns[f"{severity}_conflicts"] = [
-            None if found is None else float(sum(c["severity"] == severity for c in found))
-            for found in conflicts
-        ]
+        columns[f"{severity}_conflicts"] = [None if found is None else float(found.count(severity))
+                                            for found in severities]  # fmt: skip
+    columns["conflicts"] = msgspec.to_builtins(columns["conflicts"])
     for name in ("compliance", "conflict", "conflict_types"):
-        columns[f"review_{name}"] = [review and getattr(review, name) for review in taken("review")]
+        columns[f"review_{name}"] = [review and getattr(review, name) for review in columns["review"]]
     return columns
+
+
+@functools.lru_cache(1000)
+def _sort_keys(text: bytes) -> str:
+    """A JSON object with its keys sorted; many queries ask for the same."""
+    return json.dumps(json.loads(text), sort_keys=True)
+
+
+def _without_embeddings(line: bytes) -> bytes:
+    fields = _split_fields(line).items()
+    return msgspec.json.encode({name: value for name, value in fields if not name.endswith("_embedding")})
 
 
 def cut_embeddings(content: bytes) -> tuple[bytes, dict[str, bytes]]:
@@ -365,11 +372,18 @@ def cut_embeddings(content: bytes) -> tuple[bytes, dict[str, bytes]]:
     return b"".join([*kept, content[done:]]), texts
 
 
-def _embedding(numbers: np.ndarray) -> Embedding:
+def _embedding(name: str, numbers: np.ndarray, text: bytes = b"") -> Embedding:
     """From float64 [d]; raises ValueError where there is none."""
     if not len(numbers):
         raise ValueError("nothing is in it")
-    return Embedding(numbers.astype(np.float32), math.sqrt(numbers @ numbers))
+    vector, norm, flaw = numbers.astype(np.float32), math.sqrt(numbers.dot(numbers)), None
+    if not 1e-6 <= norm <= 1e6:
+        flaw = (
+            f"a vector of length {norm:g}; expected an embedding, of length 1e-6 to 1e6"
+            if vector.any() else "all zeros, so its cosine is undefined"
+        )  # fmt: skip
+    digest = hashlib.sha256(vector.data).digest() if name == "text_embedding" else None
+    return Embedding(name, vector, flaw, digest, text)
 
 
 def _float_parser() -> Callable[[bytes], np.ndarray]:
