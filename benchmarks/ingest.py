@@ -5,25 +5,30 @@ r"""How fast runs are read and datasets become arrays, beside other readers, in 
 
 Lines hold two embeddings of 512 floats, a query's candidates repeat its text embedding, as Step 4's do.
 `ours` checks everything that the contract asks for, finds duplicates and contradictions, and ends in a
-table; `alone` is that with one process, `unlike` reads lines none of which repeats an embedding.  DuckDB
-gets explicit columns (its reader's fastest way) and two threads, polars finds the columns out, and orjson
-with `np.array` is the loop that one would write; none of them checks values, keys or lengths.
+table; `unlike` reads lines none of which repeats an embedding, and `alone` stands for one process.
+DuckDB gets explicit columns (its reader's fastest way) and two threads, polars finds the columns out, and
+orjson with `np.array` is the loop that one would write; none of them checks values, keys or lengths.
+What no reader that rests on simdjson can beat is told as well, for one process: the lines of `unlike`
+taken from the file, and these lines parsed, with nothing done with what they say.
 
 A dataset's embeddings become matrices of all rows, or the padded lists that training takes (to which the
 text embedding of a query goes once); both check the file's SHA-256, as training does, `unchecked` does
 not.  `of lists` are the same rows in a file of lists of floats with zstd, unchecked.
 
-A round runs every reader once, and the ratio is the median of the rounds' ratios: the machine's other
-work disturbs it less than it does the megabytes.
+A round runs every reader once, and a ratio is the median of the rounds' ratios: the machine's other work
+disturbs it less than it does the megabytes.  Less still does it disturb the time that the reader's threads
+and processes spent on the cores, together.
 """
 
+import collections
 import functools
 import json
 import pathlib
+import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -35,7 +40,7 @@ from cotrr import files, shards
 from cotrr.config import launch
 from cotrr.data import dataset, runs
 from cotrr.data.lists import to_lists
-from cotrr.data.rows import EMBEDDINGS, embedding_matrix
+from cotrr.data.rows import EMBEDDINGS, Piece, embedding_matrix, lines_of
 from experiments.terminal import say
 
 FLAGS = flags.FLAGS
@@ -97,8 +102,11 @@ def readers(like: pathlib.Path, unlike: pathlib.Path) -> dict[str, Callable[[], 
     """Ways to read a run, by name."""
     found = {
         "ours": lambda: runs.read_run(like, workers=shards.cores()),
-        "alone": lambda: runs.read_run(like, workers=1),
+        "ours alone": lambda: runs.read_run(like, workers=1),
         "unlike": lambda: runs.read_run(unlike, workers=shards.cores()),
+        "unlike alone": lambda: runs.read_run(unlike, workers=1),
+        "lines": lambda: _exhaust(_lines(unlike)),
+        "simdjson": lambda: _exhaust(map(_simdjson_parser(), _lines(unlike))),
         "orjson": functools.partial(_orjson, like),
         "duckdb": functools.partial(_duckdb, like),
         "polars": functools.partial(_polars, like),
@@ -106,7 +114,7 @@ def readers(like: pathlib.Path, unlike: pathlib.Path) -> dict[str, Callable[[], 
     return {name: work for name, work in found.items() if name not in PEERS or _there(name)}
 
 
-PEERS = ("orjson", "duckdb", "polars")
+PEERS = ("simdjson", "orjson", "duckdb", "polars")
 
 
 def _there(name: str) -> bool:
@@ -116,6 +124,20 @@ def _there(name: str) -> bool:
     except ImportError:
         say(f"{name} is not installed: skipped")
         return False
+
+
+def _lines(path: pathlib.Path) -> Iterator[bytes]:
+    return lines_of(Piece(str(path), 0, path.stat().st_size))
+
+
+def _simdjson_parser() -> Callable[[bytes], object]:
+    import simdjson
+
+    return simdjson.Parser().parse
+
+
+def _exhaust(items: Iterable[object]) -> None:
+    collections.deque(items, maxlen=0)
 
 
 def _orjson(path: pathlib.Path) -> list[tuple[dict, np.ndarray, np.ndarray]]:
@@ -174,23 +196,29 @@ def array_readers(table: pa.Table, folder: pathlib.Path) -> tuple[dict[str, Call
 def race(
     contenders: dict[str, Callable[[], object]], megabytes: float, unit: str, against: str
 ) -> dict[str, dict[str, float]]:
-    """Median rate of each contender, and the median of its ratios to one of them."""
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    """Median rate of each contender, and the medians of its ratios to one of them, by clock and by cores."""
+    spent: dict[str, list[np.ndarray]] = {name: [] for name in contenders}
     for number in range(FLAGS.rounds + 1):
         for name, work in contenders.items():
-            start = time.perf_counter()
+            start = _seconds()
             work()
             if number:  # the first round fills caches
-                seconds[name].append(time.perf_counter() - start)
+                spent[name].append(_seconds() - start)
     facts = {}
-    for name, spent in seconds.items():
-        facts[name] = {"rate": megabytes / statistics.median(spent)}
-        if against in seconds:
-            ratios = (theirs / ours for ours, theirs in zip(spent, seconds[against], strict=True))
-            facts[name][f"ratio to {against}"] = statistics.median(ratios)
+    for name, ours in spent.items():
+        facts[name] = {"rate": megabytes / statistics.median(clock for clock, _ in ours)}
+        if against in spent:
+            by_clock, by_cores = np.median(np.divide(spent[against], ours), axis=0).tolist()
+            facts[name] |= {f"ratio to {against}": by_clock, "by cores": by_cores}
         say(f"  {name:<18}" + "  ".join(f"{key} {value:8.2f}" for key, value in facts[name].items()))
     say(f"  ({unit})")
     return facts
+
+
+def _seconds() -> np.ndarray:
+    """[2]: of the clock, and of cores that this process and its children, ended ones, have had."""
+    used = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return np.array([time.perf_counter(), sum(each.ru_utime + each.ru_stime for each in used)])
 
 
 if __name__ == "__main__":

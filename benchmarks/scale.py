@@ -1,20 +1,21 @@
-r"""Whether a run may grow: rows a second and memory of `rerank` in parts at 1, 10 and 100 times the rows.
+r"""Whether a run may grow: rows a second and memory of each job in parts at 1, 10 and 100 times the rows.
 
     python -m benchmarks.scale --output=scale.json
 
 A simulated run is written over and over with other query ids, so nothing about its lines changes as it
-grows.  Each size is reranked by a launcher of its own, and memory is the largest sum of what is resident
-in it and its workers.  The line through seconds and rows is fitted to all sizes; what it says of 10^9
-rows is arithmetic, printed with what it leaves out.
+grows.  Each size is made into a dataset, that is evaluated, and the run is reranked, by launchers of their
+own; memory is the largest sum of what is resident in one and its workers.  The line through seconds and
+rows is fitted to all sizes; what it says of 10^9 rows is arithmetic, printed with what it leaves out.
 """
 
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 from absl import flags
@@ -35,6 +36,9 @@ def define_flags() -> None:
     flags.DEFINE_integer("queries", 40, "Queries of the smallest run.", lower_bound=1)
     flags.DEFINE_integer("candidates", 50, "Candidates of a query.", lower_bound=1)
     flags.DEFINE_integer("dim", 128, "Length of the embeddings.", lower_bound=1)
+    flags.DEFINE_list(
+        "jobs", ["generate", "evaluate", "rerank"], "What is measured; evaluate needs generate."
+    )
     flags.DEFINE_list("times", ["1", "10", "100"], "Sizes, as multiples of the smallest.")
     flags.DEFINE_enum("runner", "local", sorted(shards.RUNNERS), "What works on the parts.")
     flags.DEFINE_float("part_mb", 4, "Megabytes of the run in a part.", lower_bound=0.001)
@@ -42,58 +46,86 @@ def define_flags() -> None:
 
 
 def main() -> None:
-    """Measures each size and prints the line through them."""
+    """Measures each job at each size and prints the line through them."""
     with tempfile.TemporaryDirectory() as name:
         work = pathlib.Path(name)
         models.save(models.random_model(FLAGS.dim), work / "model")
         simulation = Simulation(queries=FLAGS.queries, candidates=FLAGS.candidates, embedding_dim=FLAGS.dim)
         write_run(simulation, work / "one")
-        facts = [measure(work, int(times)) for times in FLAGS.times]
-    rows, seconds, peak = (
-        np.array([fact[name] for fact in facts]) for name in ("rows", "seconds", "peak_mb")
+        facts = {job: [] for job in FLAGS.jobs}
+        for times in map(int, FLAGS.times):
+            place = work / str(times)
+            size = repeat(work / "one", place / "run", times)
+            rows = times * FLAGS.queries * FLAGS.candidates
+            for job in FLAGS.jobs:
+                facts[job].append({"rows": rows, "mb": size / 1e6} | measure(JOBS[job](work, place)))
+                say(_line(job, facts[job][-1]))
+            shutil.rmtree(place)
+    lines = {job: line(job, sizes) for job, sizes in facts.items()}
+    if FLAGS.output:
+        files.write_json(FLAGS.output, {"cores": shards.cores(), "sizes": facts, "lines": lines})
+
+
+def _line(job: str, fact: dict[str, float]) -> str:
+    return (f"  {job:<9}{fact['rows']:>10,} rows {fact['mb']:8,.0f} MB {fact['seconds']:7.1f} s "
+            f"{fact['rows'] / fact['seconds']:9,.0f} rows/s  peak {fact['peak_mb']:6,.0f} MB")  # fmt: skip
+
+
+def line(job: str, sizes: list[dict[str, float]]) -> dict[str, float]:
+    """Tells how seconds and memory grow with rows, and what that says of a billion."""
+    rows, seconds, peak, mb = (
+        np.array([fact[name] for fact in sizes]) for name in ("rows", "seconds", "peak_mb", "mb")
     )
     slope, start = np.polyfit(rows, seconds, 1)
-    grows = 1e6 * np.polyfit(rows, peak, 1)[0]
-    away, hours, cores = (
-        np.abs(seconds - (start + slope * rows)).max(),
-        slope * BILLION / 3600,
-        shards.cores(),
-    )
-    rate = facts[-1]["mb"] / facts[-1]["rows"] / slope / cores
-    say(f"{start:.1f} s and {1e6 * slope:.1f} µs a row; no size is more than {away:.1f} s off that line")
-    say(f"memory grows by {grows:.0f} bytes a row: the ids in the manifest, and 8 bytes a query")
+    grows, away = 1e6 * np.polyfit(rows, peak, 1)[0], np.abs(seconds - (start + slope * rows)).max()
+    hours, cores = slope * BILLION / 3600, shards.cores()
     say(
-        f"10^9 rows: {hours:.0f} hours on these {cores} cores, {hours * cores:.0f} core-hours; 100 cores "
-        f"of a Ray cluster: {hours * cores / 100:.1f} hours, where storage gives them {100 * rate:,.0f} MB/s"
+        f"{job}: {start:.1f} s and {1e6 * slope:.1f} µs a row, no size more than {away:.1f} s off that line; "
+        f"memory grows by {grows:.0f} bytes a row, the largest run is {mb[-1] / peak[-1]:.1f} times it"
     )
-    say(f"and {grows:.0f} GB in the process that hands out parts, so rather in run folders of 10^8 rows")
-    if FLAGS.output:
-        files.write_json(FLAGS.output, {"sizes": facts, "start_s": start, "row_us": 1e6 * slope})
+    total, rate = hours * cores, mb[-1] / rows[-1] / slope / cores
+    say(f"  10^9 rows: {total:.0f} core-hours, {hours:.0f} hours on these {cores} cores; on 100 of a Ray cluster "
+        f"{total / 100:.1f} hours, where storage gives them {100 * rate:,.0f} MB/s; and {grows:.0f} GB in the "
+        "process that hands out parts, so rather in run folders of 10^8 rows")  # fmt: skip
+    return {"start_s": start, "row_us": 1e6 * slope, "bytes_a_row": grows}
 
 
-def measure(work: pathlib.Path, times: int) -> dict[str, Any]:
-    """What a run of so many times the rows takes."""
-    run, output = work / f"run{times}", work / f"out{times}"
-    size = repeat(work / "one", run, times)
-    call = [sys.executable, "-m", "experiments.rerank", f"--model={work / 'model'}", f"--input={run}",
-            f"--output={output}", f"--runner={FLAGS.runner}", f"--part_mb={FLAGS.part_mb}"]  # fmt: skip
+def _generate(work: pathlib.Path, place: pathlib.Path) -> list[str]:
+    return ["generate_training_data", f"--input={place / 'run'}", f"--output={place / 'data'}",
+            "--fractions=0,0,1", f"--part_mb={FLAGS.part_mb}"]  # fmt: skip
+
+
+def _evaluate(work: pathlib.Path, place: pathlib.Path) -> list[str]:
+    return ["evaluate", f"--model={work / 'model'}", f"--data={place / 'data'}",
+            f"--output={place / 'report'}", "--quick"]  # fmt: skip
+
+
+def _rerank(work: pathlib.Path, place: pathlib.Path) -> list[str]:
+    return ["rerank", f"--model={work / 'model'}", f"--input={place / 'run'}",
+            f"--output={place / 'reranked'}", f"--part_mb={FLAGS.part_mb}"]  # fmt: skip
+
+
+JOBS: dict[str, Callable[[pathlib.Path, pathlib.Path], list[str]]] = {
+    "generate": _generate, "evaluate": _evaluate, "rerank": _rerank,
+}  # fmt: skip
+
+
+def measure(call: list[str]) -> dict[str, float]:
+    """Seconds and the most memory of a launcher, which must not fail."""
+    command = [sys.executable, "-m", f"experiments.{call[0]}", *call[1:], f"--runner={FLAGS.runner}"]
     start, peak = time.perf_counter(), 0
-    process = subprocess.Popen(call, cwd=ROOT, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
     while process.poll() is None:
         peak = max(peak, resident(process.pid))
         time.sleep(0.02)
-    seconds = time.perf_counter() - start
-    made = json.loads((output / "manifest.json").read_text())
-    fact = {"rows": made["rows"], "mb": size / 1e6, "parts": len(made["parts"]), "seconds": seconds,
-            "peak_mb": peak / 1e6}  # fmt: skip
-    say(f"  {made['rows']:>9,} rows {size / 1e6:8,.0f} MB {len(made['parts']):5,} parts {seconds:7.1f} s "
-        f"{made['rows'] / seconds:9,.0f} rows/s  peak {peak / 1e6:5,.0f} MB")  # fmt: skip
-    return fact
+    if process.returncode:
+        raise SystemExit(f"{call[0]} ended with {process.returncode}")
+    return {"seconds": time.perf_counter() - start, "peak_mb": peak / 1e6}
 
 
 def repeat(one: pathlib.Path, run: pathlib.Path, times: int) -> int:
     """Writes a run that holds the lines of one so many times, with new query ids; returns its bytes."""
-    run.mkdir()
+    run.mkdir(parents=True)
     manifest = json.loads((one / "manifest.json").read_text())
     items = manifest["items_by_stage"]["scored"]
     manifest["items_by_stage"] = {"scored": [f"{copy}-{item}" for copy in range(times) for item in items]}

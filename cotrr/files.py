@@ -1,17 +1,36 @@
-"""Writing files so that a reader never sees half of one."""
+"""Reading files here or far away, and writing them so that a reader never sees half of one."""
 
 import contextlib
 import fcntl
 import hashlib
+import io
 import json
 import math
 import os
 import pathlib
 import shutil
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, cast
 
 from cotrr.errors import InputError
+
+
+def place(name: str | os.PathLike[str]) -> pathlib.Path:
+    """The path of a name; of a URL such as s3://bucket/path, what has a path's methods (extra `remote`)."""
+    if "://" not in str(name):
+        return pathlib.Path(name)
+    try:
+        from upath import UPath
+
+        return UPath(name)
+    except ImportError as error:  # of upath, or of what reads this kind of URL
+        remedy = "pip install cotrr[remote], and the package that fsspec names for this kind of URL"
+        raise InputError(f"cannot be read: {error}", file=name, remedy=remedy) from None
+
+
+def reading(name: str | os.PathLike[str]) -> io.BufferedReader:
+    """The bytes of a file at a path or URL."""
+    return cast(io.BufferedReader, place(name).open("rb", buffering=2**17))
 
 
 @contextlib.contextmanager
@@ -49,7 +68,7 @@ def finite(value: Any) -> Any:
 
 def sha256(path: str | pathlib.Path) -> str:
     """Hexadecimal SHA-256 of a file's bytes."""
-    with open(path, "rb") as stream:
+    with reading(path) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 

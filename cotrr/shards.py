@@ -73,6 +73,8 @@ def local(workers: int) -> Iterator[Runner]:
 def _share(children: list["_Child"], function: Callable[[Any], Any], tasks: Iterable[Any]) -> Iterator[Any]:
     """The results in order; who works ahead of the next one stops at four tasks a worker."""
     tasks, underway, most = iter(tasks), collections.deque[_Call](), 4 * (len(children) + 1)
+    for child in children:
+        child.prepare(function)
 
     def take() -> _Call | None:
         for task in itertools.islice(tasks, most - len(underway) and 1):
@@ -180,6 +182,11 @@ class _Child:
                                          env=os.environ | one, stdin=subprocess.PIPE,
                                          stdout=subprocess.PIPE)  # fmt: skip
         self._send(sys.path)
+
+    def prepare(self, function: Callable[[Any], Any]) -> None:
+        """Has it import what a function needs: until that is done, it holds all the calls that it may."""
+        while len(self.calls) < AHEAD:
+            self.start(_Call(callable, function))
 
     def start(self, call: _Call) -> None:
         """Sends a call."""

@@ -5,36 +5,57 @@ r"""Evaluate models on the test split of a dataset, against CLIP-only and Step 4
 
 Give --model again to compare several: the report is about the first.  Writes report.json, report.md,
 report.html and TensorBoard logs.  Refuses rows that a model has learned from.
+
+A split of several files is scored file by file, by --workers processes or on a Ray cluster
+(--runner=ray), and only what `cotrr.evaluate.scoring` keeps of each row stays in memory.  What is done
+is kept in the folder `parts` of --output until the report is written: killed and called again, it goes
+on where it was.
 """
 
 import datetime
+import functools
 import os
 import pathlib
 import time
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 # Read when NumPy is imported: latency is measured as a serving process has it, one thread a product.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+import jax
 import numpy as np
 import pyarrow as pa
 from absl import flags
 
-from cotrr import files
+from cotrr import files, shards
 from cotrr.config import launch
 from cotrr.data import certificate, dataset, labels
 from cotrr.data.lists import Lists, clusters
 from cotrr.deploy.scorer import Scorer, of_list
+from cotrr.deploy.store import LocalStore
 from cotrr.errors import InputError
-from cotrr.evaluate import acceptance, evaluation, failures, figures, plots, probabilities, report, systems
+from cotrr.evaluate import (
+    acceptance,
+    evaluation,
+    failures,
+    figures,
+    plots,
+    probabilities,
+    report,
+    scoring,
+    systems,
+)
 from cotrr.evaluate.figures import Engine
 from cotrr.evaluate.ranking import System
+from cotrr.evaluate.scoring import Glance, Job, Kept, Part
 from cotrr.ranker import artifact, encoding, model_files
 from cotrr.summaries import SummaryWriter
 from experiments import loop
 from experiments.terminal import done, say, warn
 
 FLAGS = flags.FLAGS
+PARTS = "parts"  # the folder of what is done
 
 
 def define_flags() -> None:
@@ -52,6 +73,11 @@ def define_flags() -> None:
     flags.DEFINE_bool("quick", False, "1,000 resamples, no latency.")
     flags.DEFINE_bool("allow_overlap", False, "Evaluate even on rows that a model has learned "
                                               "from; the report says so loudly.")  # fmt: skip
+    flags.DEFINE_enum("runner", "local", sorted(shards.RUNNERS), "What works on the files of the split: "
+                      "processes of this machine, or the Ray cluster at RAY_ADDRESS (unset: one of this "
+                      "machine).")  # fmt: skip
+    flags.DEFINE_integer("workers", 0, "Files that are worked on at once; 0: one a core, or a single one "
+                                       "where there is an accelerator.", lower_bound=0)  # fmt: skip
     flags.mark_flags_as_required(["model", "data", "output"])
 
 
@@ -65,32 +91,30 @@ class Contender(NamedTuple):
 
 
 def main() -> None:
-    """Scores, measures, writes the report."""
+    """Scores part by part, measures, writes the report."""
     if (pathlib.Path(FLAGS.output) / "config.json").exists():  # its TensorBoard logs would be replaced
         raise InputError("this is a training folder", file=FLAGS.output, remedy="Name another --output")
-    models = {folder: artifact.load(folder) for folder in dict.fromkeys(FLAGS.model)}
-    passport = dataset.read_certificate(FLAGS.data)
-    table = dataset.read(FLAGS.data, FLAGS.split)
-    notices = [f"Data: {breach}." for breach in certificate.breaches(passport)]
-    for folder, model in models.items():
-        notices += _check_overlap(folder, model, table)
-    lists, kind = loop.labelled_lists(table, FLAGS.data, FLAGS.split)
-    if kind == labels.SILVER:
-        notices.insert(0, "Labels are silver: Step 4's own scores, not a reviewer's. Agreement with "
-                          "them says nothing about people.")  # fmt: skip
-    for notice in notices:
-        warn(notice)
-    resamples = 1000 if FLAGS.quick else FLAGS.resamples
-    unit = clusters(table, lists, FLAGS.cluster_by or "query_id")
-    engine = figures.engine(len(lists.query_id), FLAGS.seed, resamples, unit)
-    say(f"scoring {lists.labelled.sum():,} candidates of {len(lists.query_id):,} queries")
-    start = time.perf_counter()
-    contenders = _contenders(models, lists)
-    seconds = {"scoring": round(time.perf_counter() - start, 3)}
-    result = _measure(engine, table, lists, contenders, seconds)
+    contents = {folder: model_files.parse(model_files.read_files(folder), folder) for folder in FLAGS.model}
+    passport, parts = dataset.read_certificate(FLAGS.data), scoring.parts(FLAGS.data, FLAGS.split)
+    with shards.RUNNERS[FLAGS.runner](_workers(len(parts))) as runner:
+        # Here JAX starts, and not before: Ray forks.
+        models = {folder: artifact.assemble(found) for folder, found in contents.items()}
+        job, glances = _look(models, parts, runner)
+        notices = _notices(models, passport, job, glances)
+        for notice in notices:
+            warn(notice)
+        start = time.perf_counter()
+        kept = scoring.score(job, parts, runner, _progress(job, parts, glances))
+    lists, seconds = kept.lists, {"scoring": round(time.perf_counter() - start, 3)}
+    loop.check_labelled(lists, kept.left_out, job.label, FLAGS.data, FLAGS.split)
+    say(f"scored {lists.labelled.sum():,} candidates of {len(lists.query_id):,} queries")
+    contenders = _contenders(models, kept.scored)
+    unit = clusters(kept.named, lists, job.cluster_by)
+    engine = figures.engine(len(lists.query_id), FLAGS.seed, 1000 if FLAGS.quick else FLAGS.resamples, unit)
+    result = _measure(engine, kept, contenders, lambda: _latency(job, parts, lists), seconds)
     result |= {
         "notices": notices,
-        "data": _data_facts(passport, lists, kind),
+        "data": _data_facts(passport, lists, job.label),
         "model": _model_facts(contenders[0].model),
         "models": [{"system": c.system, "path": c.folder, "version": c.model.version} for c in contenders],
         "bootstrap": {"queries": len(lists.query_id), "units": engine.draw.units, "unit": engine.unit_name,
@@ -99,6 +123,8 @@ def main() -> None:
     }  # fmt: skip
     result["acceptance"] = acceptance.table(result)
     _write(result, lists, contenders)
+    if job.store:
+        files.remove(FLAGS.output, [PARTS])
     _tell(result)
     output, source = pathlib.Path(FLAGS.output), passport["input"]["input"]
     done({"report": output / "report.html", "as text": output / "report.md",
@@ -107,38 +133,90 @@ def main() -> None:
           "--output=reranked.jsonl --top_m=0"] if pathlib.Path(source).exists() else [])  # fmt: skip
 
 
-def _contenders(models: dict[str, artifact.Model], lists: Lists) -> list[Contender]:
+def _workers(parts: int) -> int:
+    """How many parts are worked on at once."""
+    alone = FLAGS.runner == "local" and jax.default_backend() != "cpu"  # its memory is one process's
+    return min(parts, FLAGS.workers or (1 if alone else shards.cores()))
+
+
+def _look(
+    models: dict[str, artifact.Model], parts: list[Part], runner: shards.Runner
+) -> tuple[Job, list[Glance]]:
+    """What is to be done, from a glance at every part."""
+    absolute = lambda path: str(pathlib.Path(path).absolute())
+    data, named = absolute(FLAGS.data), tuple((absolute(path), m.version) for path, m in models.items())
+    glances = list(runner(functools.partial(scoring.glance, data, named), parts))
+    label = scoring.label_of(frozenset().union(*(glance.labels for glance in glances)))
+    store = LocalStore(pathlib.Path(FLAGS.output) / PARTS) if len(parts) > 1 else None
+    return Job(data, named, label, FLAGS.cluster_by or scoring.ALONE, store), glances
+
+
+def _notices(models: dict[str, artifact.Model], passport: dict, job: Job, glances: list[Glance]) -> list[str]:
+    """What must not be overlooked; raises InputError for rows that a model has learned from."""
+    silver = ("Labels are silver: Step 4's own scores, not a reviewer's. Agreement with them says nothing "
+              "about people.")  # fmt: skip
+    notices = [silver] if job.label == labels.SILVER else []
+    notices += [f"Data: {breach}." for breach in certificate.breaches(passport)]
+    ids = pa.concat_tables([glance.learned for glance in glances])
+    for folder, model in models.items():
+        if not FLAGS.allow_overlap:
+            loop.refuse_overlap(model, folder, ids, FLAGS.data)
+        if what := artifact.learned_from(model, ids):
+            notices.append(f"{folder} HAS LEARNED FROM {what} of this split: its figures are optimistic.")
+    return notices
+
+
+def _progress(job: Job, parts: list[Part], glances: list[Glance]) -> Callable[[Part], None]:
+    """A callback for parts that are scored: shows their rows and the time left."""
+    rows = {part: glance.rows for part, glance in zip(parts, glances, strict=True)}
+    ready = scoring.committed(job, parts)
+    if ready:
+        say(f"{len(ready)} of {len(parts)} parts were scored before")
+    total = sum(rows[part] for part in parts if part not in ready)
+    say(f"scoring {total:,} rows")
+    start, shown, scored = time.monotonic(), 0.0, 0
+
+    def progress(part: Part) -> None:
+        nonlocal shown, scored
+        now = time.monotonic()
+        scored += 0 if part in ready else rows[part]
+        if part in ready or scored == total or now - shown < 1 or now - start < 2:
+            return
+        shown = now
+        say(f"  scored {scored:,} rows, {(now - start) * (total - scored) / scored:.0f} s left")
+
+    return progress
+
+
+def _contenders(models: dict[str, artifact.Model], scored: Sequence[artifact.Scored]) -> list[Contender]:
     """The models with their scores; the first is +Reranker, others add their folder's name."""
     found: list[Contender] = []
-    for folder, model in models.items():
+    for (folder, model), scores in zip(models.items(), scored, strict=True):
         name = pathlib.Path(folder).name
         if any(pathlib.Path(other).name == name for other in models if other != folder):
             name = folder
         name = f"+Reranker {name}" if found else "+Reranker"
-        found.append(Contender(name, folder, model, artifact.score(model, lists)))
+        found.append(Contender(name, folder, model, scores))
     return found
 
 
-def _check_overlap(folder: str, model: artifact.Model, table: pa.Table) -> list[str]:
-    if not FLAGS.allow_overlap:
-        loop.refuse_overlap(model, folder, table, FLAGS.data)
-    what = artifact.learned_from(model, table)
-    return [f"{folder} HAS LEARNED FROM {what} of this split: its figures are optimistic."] if what else []
-
-
 def _measure(
-    engine: Engine, table: pa.Table, lists: Lists, contenders: list[Contender], seconds: dict[str, float]
+    engine: Engine,
+    kept: Kept,
+    contenders: list[Contender],
+    latency: Callable[[], dict],
+    seconds: dict[str, float],
 ) -> dict:
-    """All figures of the report; `seconds` is told how long each part took."""
-    model, scored = contenders[0].model, contenders[0].scored
-    rungs = systems.ladder(model, lists)
+    """All figures of the report; `seconds` is told how long each step took."""
+    lists, scored = kept.lists, contenders[0].scored
+    rungs = systems.ladder(contenders[0].model, lists)
     rungs += [System(c.system, c.model.version, c.scored.logit) for c in contenders]
     say(f"{engine.resamples:,} resamples of {engine.draw.units:,} {engine.unit_name}")
     clock = time.perf_counter()
 
-    def lap(part: str) -> None:
+    def lap(step: str) -> None:
         nonlocal clock
-        seconds[part], clock = round(time.perf_counter() - clock, 3), time.perf_counter()
+        seconds[step], clock = round(time.perf_counter() - clock, 3), time.perf_counter()
 
     result = {
         "title": pathlib.Path(FLAGS.model[0]).name,
@@ -148,18 +226,21 @@ def _measure(
                              _baseline(rungs, contenders), contenders[0].system),
     }  # fmt: skip
     lap("statistics")
-    found = failures.analyse(model, table, lists, scored)
+    found = failures.analyse(kept.failures, lists, scored)
     result |= {"examples": found.pop("examples"), "failures": found}
     lap("failures")
-    result["latency"] = {} if FLAGS.quick else _latency(contenders[0].folder, lists)
+    result["latency"] = {} if FLAGS.quick else latency()
     lap("latency")
     return result
 
 
-def _latency(folder: str, lists: Lists) -> dict:
-    """Of the scorer that serves."""
+def _latency(job: Job, parts: list[Part], lists: Lists) -> dict:
+    """Of the scorer that serves, on the first queries, which are read once more with their embeddings."""
+    folder, _ = job.models[0]
     scorer = Scorer(model_files.parse(model_files.read_files(folder), folder))
-    return systems.latency(lambda q: scorer.score(*of_list(lists, q)), lists, "NumPy")
+    sample = next(found for part in parts if len((found := scoring.read(job, part)[1]).query_id))
+    one = lambda q: scorer.score(*of_list(sample, q % len(sample.query_id)))
+    return systems.latency(one, lists, "NumPy")
 
 
 def _command(engine: Engine) -> str:

@@ -20,10 +20,10 @@ from absl import flags
 from cotrr import devices, files
 from cotrr.checkpoints import Checkpoints
 from cotrr.config import flags_from_dataclass
-from cotrr.data import certificate, dataset, labels
+from cotrr.data import certificate, dataset
 from cotrr.data.lists import Lists, to_lists
 from cotrr.errors import InputError
-from cotrr.evaluate import plots
+from cotrr.evaluate import plots, scoring
 from cotrr.evaluate.calibration import bin_of, bin_sums
 from cotrr.evaluate.metrics import ndcg
 from cotrr.ranker import artifact, fitting, training
@@ -54,19 +54,22 @@ def read_development(folder: str) -> Development:
 
 def labelled_lists(table: pa.Table, folder: str, split: str) -> tuple[Lists, str]:
     """The queries with labels of one kind: gold where there is any, else silver; never both."""
-    kinds = set(table["label"].to_pylist())
-    kind = labels.GOLD if labels.GOLD in kinds else labels.SILVER
-    lists = to_lists(table, kind)
-    judged = np.flatnonzero(lists.labelled.any(axis=1))
-    if not len(judged):
+    label = scoring.label_of(table["label"].unique().to_pylist())
+    lists, left_out = scoring.labelled(table, label)
+    check_labelled(lists, left_out, label, folder, split)
+    return lists, label
+
+
+def check_labelled(lists: Lists, left_out: int, label: str, folder: str, split: str) -> None:
+    """Tells how many queries of a split are left out; raises InputError where no query has labels."""
+    if not len(lists.query_id):
         raise InputError(
             f"the {split} split has no labelled rows",
             file=folder,
             remedy=f"Generate the dataset with a {split} fraction above 0, from a run with reviews",
         )
-    if len(judged) < len(lists.query_id):
-        warn(f"{len(lists.query_id) - len(judged)} queries without {kind} labels are left out")
-    return lists.take(judged), kind
+    if left_out:
+        warn(f"{left_out} queries without {label} labels are left out")
 
 
 def define_flags(quick: str) -> None:

@@ -16,21 +16,21 @@ history   what happened, or what was live at a moment: --at=2026-11-24T14:03
 verify    reads every byte: exit status 1 where anything is wrong
 export    writes Step 4's model_registry.json and deployments.json to --output
 import    reads Step 4's --model_registry and --deployments into the log
-import os
 mirror    pushes versions and aliases to an MLflow server, --tracking_uri
-
-# Read when NumPy is imported: latency is measured as a serving process has it, one thread a product.
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 Promote ends with status 0 for PROMOTE, 1 for REJECT, 3 for HOLD.
 """
 
 import datetime
 import json
+import os
 import pathlib
 import sys
 from collections.abc import Callable
 from typing import Any
+
+# Read when NumPy is imported: latency is measured as a serving process has it, one thread a product.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import msgspec
 from absl import flags

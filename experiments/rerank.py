@@ -93,7 +93,7 @@ def _in_parts(version: str) -> tuple[int, int]:
     output = FLAGS.output if "://" in FLAGS.output else str(pathlib.Path(FLAGS.output).absolute())
     job = rerank.Job(str(pathlib.Path(FLAGS.model).absolute()), version, FLAGS.top_m,
                      FLAGS.on_bad_line == "quarantine", output, round(1e6 * FLAGS.part_mb))  # fmt: skip
-    run = runs.find_run(pathlib.Path(FLAGS.input).absolute())
+    run = runs.find_run(files.place(FLAGS.input).absolute())
     start = time.monotonic()
     with shards.RUNNERS[FLAGS.runner](FLAGS.workers or shards.cores()) as runner:
         made = rerank.rerank_run(run, job, runner, reading_progress(FLAGS.input))

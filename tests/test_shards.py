@@ -80,6 +80,11 @@ def test_results_come_in_order_and_errors_whole(runner):
     assert type(caught.value) is InputError and caught.value.line == 3  # also across a process
 
 
+def test_nobody_waits_for_a_process_to_start():
+    with shards.local(2) as runner:
+        assert list(runner(eval, ["__import__('os').getpid()"] * 3)) == [os.getpid()] * 3
+
+
 def test_few_tasks_are_under_way_at_once():
     asked = []
     with shards.local(2) as runner:

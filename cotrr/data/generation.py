@@ -171,8 +171,9 @@ def _split(job: Job, count: int) -> tuple[np.ndarray, dict[str, Any]]:
     read = lambda number: pq.read_table(pathlib.Path(job.output) / _part(number), columns=list(_KEYS),
                                         read_dictionary=list(_KEYS), memory_map=True)  # fmt: skip
     ids = pa.concat_tables(map(read, range(count)))
-    split, cost = splits.split_rows(*(ids[name] for name in _KEYS), job.fractions, job.split_salt,
-                                    job.split_method)  # fmt: skip
+    split, cost = splits.split_rows(
+        ids["query_id"], ids["canonical_id"], job.fractions, job.split_salt, job.split_method
+    )
     return split.astype(np.int8), cost
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from cotrr import files
 from cotrr.data import rows
 from cotrr.data.rows import Piece
 from cotrr.data.runs import Ledger, Run, pieces, quarantine_lines, stated
@@ -30,7 +31,7 @@ def dim(run: Run) -> int | None:
 def digest(part: Piece) -> str:
     """SHA-256 of the bytes of a part."""
     found = hashlib.sha256()
-    with open(part.file, "rb") as stream:
+    with files.reading(part.file) as stream:
         stream.seek(part.start)
         for at in range(part.start, part.stop, 2**20):
             found.update(stream.read(min(2**20, part.stop - at)))

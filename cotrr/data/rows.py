@@ -18,6 +18,7 @@ import msgspec
 import numpy as np
 import pyarrow as pa
 
+from cotrr import files
 from cotrr.data.contract import ATTRIBUTES, FIELDS, Candidate, Vector
 from cotrr.errors import InputError
 
@@ -63,8 +64,7 @@ _decode_known = msgspec.json.Decoder(_Known).decode
 _basename = functools.cache(os.path.basename)
 _decode_query = msgspec.json.Decoder(_Query).decode
 _split_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
-_FIELDS = Candidate.__struct_fields__  # in the order of their values
-_CLIP = _FIELDS.index("clip_score")
+_CLIP_SCORE = Candidate.__struct_fields__.index("clip_score")
 
 
 class Line(NamedTuple):
@@ -168,7 +168,7 @@ class Block(NamedTuple):
 
 
 @contextlib.contextmanager
-def _without_collections() -> Iterator[None]:
+def without_collections() -> Iterator[None]:
     """No search for cyclic garbage: lines make none, and the search takes a tenth of the time."""
     enabled = gc.isenabled()
     gc.disable()
@@ -179,7 +179,7 @@ def _without_collections() -> Iterator[None]:
             gc.enable()
 
 
-@_without_collections()
+@without_collections()
 def read_block(piece: Piece, dim: int | None, keep_lines: bool) -> Block:
     """Reads and checks the lines of a piece; `dim` is the length of embeddings, where that is known."""
     reader, number, end = Reader(dim, keep_lines), 0, None
@@ -195,7 +195,7 @@ def read_block(piece: Piece, dim: int | None, keep_lines: bool) -> Block:
                     bad.append((line, error))
     except GZIP_ERRORS as error:
         end = broken_gzip(piece.file, number, error)
-    states_clip = [candidate[_CLIP] is not None for candidate in reader.candidates]
+    states_clip = [candidate[_CLIP_SCORE] is not None for candidate in reader.candidates]
     return Block(
         reader.table(), reader.dim, number, reader.facts, reader.fact, reader.unknown, states_clip, bad, end
     )
@@ -204,10 +204,10 @@ def read_block(piece: Piece, dim: int | None, keep_lines: bool) -> Block:
 def lines_of(piece: Piece) -> Iterator[bytes]:
     """The lines of a piece, blank ones included; raises GZIP_ERRORS where a stream is broken."""
     if piece.file.endswith(".gz"):
-        with gzip.open(piece.file, "rb") as stream:
+        with files.reading(piece.file) as packed, gzip.open(packed) as stream:
             yield from stream
         return
-    with open(piece.file, "rb", buffering=2**17) as stream:
+    with files.reading(piece.file) as stream:
         at = piece.start
         if at:  # a line that begins before belongs to the piece before
             stream.seek(at - 1)
@@ -220,7 +220,7 @@ def lines_of(piece: Piece) -> Iterator[bytes]:
 def lines_before(piece: Piece) -> int:
     """The lines of the shard before a piece that begins with a line."""
     count, left = 0, piece.start
-    with open(piece.file, "rb") as stream:
+    with files.reading(piece.file) as stream:
         while chunk := stream.read(min(left, 2**24)):
             count, left = count + chunk.count(b"\n"), left - len(chunk)
     return count
@@ -265,7 +265,7 @@ class Reader:
         image, text = map(embeddings.get, EMBEDDINGS)
         for embedding in (image, text):
             if embedding and (embedding.flaw or len(embedding.vector) != self.dim):
-                self._refuse(embedding, line)
+                self._check_embedding(embedding, line)
         self._append(row, image, text)
         self.columns["file"].append(_basename(line.file))
         self.columns["line"].append(line.number)
@@ -278,8 +278,8 @@ class Reader:
             self._latest[name] = _embedding(name, self._parse_floats(text), text)
         return self._latest[name]
 
-    def _refuse(self, embedding: Embedding, line: Line) -> None:
-        """Raises InputError, but for the first embedding of all, whose length is that of the others."""
+    def _check_embedding(self, embedding: Embedding, line: Line) -> None:
+        """Raises InputError for what is wrong with it; the first of all tells the length of the others."""
         self.dim = self.dim or len(embedding.vector)
         reason = embedding.flaw
         if len(embedding.vector) != self.dim:
@@ -288,9 +288,10 @@ class Reader:
             raise InputError(reason, file=line.file, line=line.number, field=embedding.name, remedy=FIX)
 
     def _append(self, row: Candidate, image: Embedding | None, text: Embedding | None) -> None:
-        self.vectors["image_embedding"].append(image and image.vector)
-        self.vectors["text_embedding"].append(text and text.vector)
-        facts = row.query_id, row.query, row.domain, row.constraints, row.cluster_id, text and text.digest
+        self.vectors["image_embedding"].append(image.vector if image else None)
+        self.vectors["text_embedding"].append(text.vector if text else None)
+        digest = text.digest if text else None
+        facts = row.key[0], row.query, row.domain, row.constraints, row.cluster_id, digest
         if not self.facts or facts != self.facts[-1]:
             self.facts.append(Facts(*facts))
         self.fact.append(len(self.facts) - 1)
@@ -322,8 +323,9 @@ def _decode_rest(rest: bytes, texts: dict[str, bytes]) -> Candidate:
 
 def _columns_of(candidates: list[tuple]) -> dict[str, Sequence]:
     """The columns of N candidates, each given as the values of its fields."""
-    columns: dict[str, Sequence] = dict.fromkeys(_FIELDS, ())
-    columns |= zip(_FIELDS, zip(*candidates, strict=True), strict=False)  # without candidates, none
+    names = Candidate.__struct_fields__
+    columns: dict[str, Sequence] = dict.fromkeys(names, ())
+    columns |= zip(names, zip(*candidates, strict=True), strict=False)  # of no candidates there are none
     columns["constraints"] = [None if found is None else _sort_keys(msgspec.json.encode(found))
                               for found in columns["constraints"]]  # fmt: skip
     severities = [None if found is None else [conflict.severity for conflict in found]

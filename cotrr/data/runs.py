@@ -38,11 +38,11 @@ class Reading(NamedTuple):
 
 
 def find_run(path: str | pathlib.Path) -> Run:
-    """The run at `path`: a run folder (or a link to one) or a bare `.jsonl[.gz]` file.
+    """The run at a path or URL: a run folder (or a link to one) or a bare `.jsonl[.gz]` file.
 
     Raises InputError where there is nothing to read, or a run is not `completed`.
     """
-    path = pathlib.Path(path)
+    path = files.place(path)
     if path.is_file():
         return Run(path, (path,), None)
     if not path.is_dir():
@@ -104,6 +104,8 @@ def _find_shards(folder: pathlib.Path, manifest: Manifest) -> tuple[pathlib.Path
 
 def refuse_own_files(run: Run, outputs: Iterable[pathlib.Path]) -> None:
     """Raises InputError where an output would overwrite the run, or stand inside its folder."""
+    if not isinstance(run.path, pathlib.Path):
+        return  # nothing here stands inside what is far away
     home = run.path.resolve()
     for output in outputs:
         place = output.resolve()
@@ -144,7 +146,7 @@ def pieces(run: Run, size: int, *, whole_queries: bool = False) -> list[Piece]:
 
 def _next_query(file: str, at: int) -> int:
     """Where the first line behind a byte begins whose query is not that of the line before it."""
-    with open(file, "rb") as stream:
+    with files.reading(file) as stream:
         stream.seek(at - 1)
         at += len(stream.readline()) - 1
         query = None
@@ -161,6 +163,7 @@ def _whole(shard: pathlib.Path) -> Piece:
     return Piece(str(shard), 0, shard.stat().st_size)
 
 
+@rows.without_collections()
 def read_run(
     path: str | pathlib.Path,
     *,
@@ -225,7 +228,7 @@ class Ledger:
     def __init__(self, dim: int | None, stop_at_bad: bool, lines_before: int = 0):
         self.dim = dim
         self.seen: dict[tuple[str, str], tuple[str, int]] = {}  # file and line of each key
-        self.queries: dict[str, dict[str, tuple[int, Any]]] = {}  # facts, with the line that first has each
+        self.queries: dict[str, list[tuple[int, rows.Facts]]] = {}  # unlike facts, each with its first line
         self.unknown: collections.Counter[str] = collections.Counter()
         self.states_clip = False
         self.bad: list[tuple[Line, InputError]] = []
@@ -273,33 +276,34 @@ class Ledger:
     def _disagreeing(self, file: str, table: pa.Table, block: rows.Block) -> dict[int, InputError]:
         """What is wrong with rows of a block, by row; the others are entered."""
         wrong, verdicts = {}, dict[int, tuple[str, int] | None]()
-        keys = zip(*(table[name].to_pylist() for name in ("query_id", "id", "line")), strict=True)
-        for row, ((*key, line), fact) in enumerate(zip(keys, block.fact, strict=True)):
-            reason = field = None
-            if first := self.seen.get((key[0], key[1])):
-                reason, field = (
-                    f"({key[0]!r}, {key[1]!r}) was there already on {first[0]}, line {first[1]}",
-                    "id",
-                )
+        columns = (table[name].to_pylist() for name in ("query_id", "id", "line"))
+        for row, (query, item, line, fact) in enumerate(zip(*columns, block.fact, strict=True)):
+            reason, field = None, "id"
+            if first := self.seen.get((query, item)):
+                reason = f"({query!r}, {item!r}) was there already on {first[0]}, line {first[1]}"
             else:
                 if fact not in verdicts:
                     verdicts[fact] = self._contradiction(block.facts[fact], line)
                 if verdict := verdicts[fact]:
-                    field, first = verdict
-                    reason = f"differs from what query {key[0]!r} had on line {first}"
+                    field, before = verdict
+                    reason = f"differs from what query {query!r} had on line {before}"
             if reason:
                 wrong[row] = InputError(reason, file=file, line=line, field=field, remedy=rows.FIX)
             else:
-                self.seen[key[0], key[1]] = file, line
+                self.seen[query, item] = file, line
         return wrong
 
     def _contradiction(self, facts: rows.Facts, line: int) -> tuple[str, int] | None:
         """The field in which a line differs from what was said of its query, and on which line."""
-        known = self.queries.setdefault(facts.query_id, {})
-        for field, value in facts._asdict().items():
-            first, said = known.setdefault(field, (line, value)) if value is not None else (line, None)
-            if said != value:
+        known = self.queries.setdefault(facts.query_id, [])
+        if any(facts == other for _, other in known):
+            return None
+        for field, value in facts._asdict().items() if known else ():
+            said = ((at, getattr(other, field)) for at, other in known)
+            first, earlier = next((pair for pair in said if pair[1] is not None), (line, value))
+            if value is not None and earlier != value:
                 return field, first
+        known.append((line, facts))
         return None
 
 

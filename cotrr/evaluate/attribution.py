@@ -7,6 +7,7 @@ add up to their group and groups to the margin.  For a model without a hidden la
 plain Shapley values too.
 """
 
+import functools
 import itertools
 from functools import partial
 from math import factorial
@@ -21,7 +22,7 @@ from cotrr.data.lists import Lists
 from cotrr.ranker import encoding, features
 from cotrr.ranker.artifact import Model, encode
 from cotrr.ranker.encoding import Encoded, mask_of
-from cotrr.ranker.features import Statistics
+from cotrr.ranker.features import Features, Statistics
 from cotrr.ranker.model import Params, Reranker
 
 
@@ -79,7 +80,7 @@ def explain(
     players, owner = _players(model, lists)
     used = list(dict.fromkeys(owner[name] for name in players))
     groups = {group: [p for p, name in enumerate(players) if owner[name] == group] for group in used}
-    coalitions, weights = owen_game(list(groups.values()))
+    coalitions, weights = _game(tuple(map(tuple, groups.values())))
     pair = _pairs(encode(model, lists), query, np.stack([first, second], axis=1))
     place = [encoding.MASKED.index(name) for name in players]
     masks = np.zeros((len(coalitions), len(encoding.MASKED)), np.float32)
@@ -93,6 +94,11 @@ def explain(
         groups={group: values[:, members].sum(axis=1) for group, members in groups.items()},
         attributes=dict(zip(players, values.T, strict=True)),
     )
+
+
+@functools.cache
+def _game(groups: tuple[tuple[int, ...], ...]) -> tuple[np.ndarray, np.ndarray]:
+    return owen_game(list(map(list, groups)))
 
 
 def _players(model: Model, lists: Lists) -> tuple[list[str], dict[str, str]]:
@@ -126,16 +132,28 @@ def _worths(
     the model looks at it, `text` [] 0 or 1.
     """
     network = Reranker(hidden=hidden)
+    # A gate would be put on the weights, and each coalition would have a copy of them all.
+    open_gates = features.make_gates(np.ones(masks.shape[1]))._replace(text=text)
 
     def by_member(pair: Encoded, params: Params, fitted: Statistics) -> jax.Array:
         inputs = features.featurize(fitted, pair)
 
         def worth(mask: jax.Array) -> jax.Array:
-            gates = features.make_gates(mask)._replace(text=text)
-            scores: Any = network.apply(params, inputs, gates)
+            scores: Any = network.apply(params, _masked(inputs, mask), open_gates)
             return scores.rank[0] - scores.rank[1]
 
         return jax.vmap(worth)(masks)
 
     members = lambda pair: jnp.mean(jax.vmap(partial(by_member, pair))(params, statistics), axis=0)
     return jax.lax.map(members, pairs)
+
+
+def _masked(inputs: Features, mask: jax.Array) -> Features:
+    """The features that a rank logit sees with a mask [A + 1] on them: what is out is 0."""
+    attributes, embeddings = mask[:-1], mask[-1]
+    return inputs._replace(
+        attributes=inputs.attributes * jnp.tile(attributes, 2)[None],
+        image=inputs.image * embeddings,
+        match=inputs.match * embeddings,
+        rule=inputs.rule * attributes[jnp.array(encoding.RULE_COLUMNS)][None],
+    )

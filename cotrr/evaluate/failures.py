@@ -1,6 +1,11 @@
-"""The queries with the largest regret: what was shown, what should have been, and why."""
+"""The queries with the largest regret: what was shown, what should have been, and why.
+
+A table is looked at by itself, with its embeddings; what was found in several is merged, and analysed
+with no more than their labels and scores.
+"""
 
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +19,8 @@ from cotrr.evaluate.attribution import Explanation
 from cotrr.evaluate.intervals import wilson
 from cotrr.ranker.artifact import Model, Scored
 
+EXAMPLES = 8
+BLOCK = 32  # queries explained at once: a new number of them would be compiled anew
 REASONS = 12  # beyond these they are told together
 FEWEST, SHARE = 5, 0.1  # queries, and of all regret: a smaller reason suggests no fix
 GOOD = 0.8  # a recall or precision that may be as high needs no fix
@@ -37,6 +44,25 @@ class Reason(NamedTuple):
         }[self.kind]
 
 
+class Types(NamedTuple):
+    """Candidates by type of conflict: as the reviewer has it, as Step 4 has it, and where both have it.
+
+    Of the labelled candidates on which both have spoken.
+    """
+
+    reviewed: dict[str, int]
+    accused: dict[str, int]
+    both: dict[str, int]
+
+
+class Failures(NamedTuple):
+    """What was found in a table, or in several, one behind the other; plain JSON types."""
+
+    reasons: list[Reason]  # of each query with regret, in the order of the lists
+    examples: list[dict[str, Any]]  # the largest regrets first
+    types: Types
+
+
 def regret(scores: np.ndarray, lists: Lists) -> np.ndarray:
     """[Q] best reachable minus reached Compliance@1; NaN for a query without labels."""
     shown, best = shown_and_best(scores, lists)
@@ -52,28 +78,42 @@ def shown_and_best(scores: np.ndarray, lists: Lists) -> tuple[np.ndarray, np.nda
     return scores.argmax(axis=1), np.where(most, scores, -np.inf).argmax(axis=1)
 
 
-def analyse(model: Model, table: pa.Table, lists: Lists, scored: Scored, count: int = 8) -> dict[str, Any]:
-    """Every query with regret explained, reasons with counts, and the `count` largest as examples."""
+def look(model: Model, table: pa.Table, lists: Lists, scored: Scored, count: int = EXAMPLES) -> Failures:
+    """A reason for every query with regret, and the `count` largest as examples."""
     lost = regret(scored.logit, lists)
-    failed = np.flatnonzero(np.nan_to_num(lost) > 0)
-    failed = failed[np.argsort(-lost[failed], kind="stable")]
+    failed = _failed(lost)
     shown, best = (part[failed] for part in shown_and_best(scored.logit, lists))
     rows = table.drop_columns([name for name in table.column_names if name.endswith("_embedding")])
     row = lambda q, i: rows.slice(int(lists.row[q, i]), 1).to_pylist()[0]
     pairs = [(row(q, i), row(q, j)) for q, i, j in zip(failed, shown, best, strict=True)]
     reasons, examples = [], []
     if len(failed):
-        explained = attribution.explain(model, lists, failed, shown, best)
-        reasons = [_reason(pair[0], pair[1], explained, k) for k, pair in enumerate(pairs)]
-        examples = [
-            _example(
-                lists, scored, q, (shown[k], best[k]), pairs[k], reasons[k], _why(explained, k, pairs[k])
-            )
-            | {"regret": float(lost[q])}
-            for k, q in enumerate(failed[:count])
-        ]
-    detection = detect(table, lists)
-    known = np.isfinite(lost)
+        explained = _explain(model, lists, failed, shown, best)
+        reasons = [_reason(*pair, explained, k) for k, pair in enumerate(pairs)]
+        for k in _largest_first(lost[failed])[:count]:
+            at, why = (shown[k], best[k]), _why(explained, k, pairs[k])
+            example = _example(lists, scored, failed[k], at, pairs[k], reasons[k], why)
+            examples.append(example | {"regret": float(lost[failed[k]])})
+    return Failures(reasons, examples, count_types(table, lists))
+
+
+def merge(parts: Sequence[Failures], count: int = EXAMPLES) -> Failures:
+    """What was found in several tables, as if they were one."""
+    examples = sorted((example for part in parts for example in part.examples), key=lambda e: -e["regret"])
+    counted = zip(*(part.types for part in parts), strict=True)
+    return Failures(
+        [reason for part in parts for reason in part.reasons],
+        examples[:count],
+        Types(*(sum(map(Counter, counts), Counter()) for counts in counted)),
+    )
+
+
+def analyse(found: Failures, lists: Lists, scored: Scored) -> dict[str, Any]:
+    """What was found in lists, for the report: reasons with counts, detection by type, examples."""
+    lost = regret(scored.logit, lists)
+    failed, known, detection = _failed(lost), np.isfinite(lost), detect(found.types)
+    order = _largest_first(lost[failed])
+    failed, reasons = failed[order], [found.reasons[k] for k in order]
     return {
         "queries": int(known.sum()),
         "with_regret": len(failed),
@@ -81,8 +121,35 @@ def analyse(model: Model, table: pa.Table, lists: Lists, scored: Scored, count: 
         "mean_regret": float(lost[known].mean()) if known.any() else None,
         "reasons": _clusters(lists.query_id[failed], reasons, lost[failed], detection, int(known.sum())),
         "detection": detection,
-        "examples": examples,
+        "examples": found.examples,
     }
+
+
+def _failed(lost: np.ndarray) -> np.ndarray:
+    """The queries with regret, by index."""
+    return np.flatnonzero(np.nan_to_num(lost) > 0)
+
+
+def _largest_first(values: np.ndarray) -> np.ndarray:
+    return np.argsort(-values, kind="stable")
+
+
+def _explain(
+    model: Model, lists: Lists, query: np.ndarray, first: np.ndarray, second: np.ndarray
+) -> Explanation:
+    """`attribution.explain` in blocks of one shape, the last filled up with its last pair."""
+    blocks = []
+    for start in range(0, len(query), BLOCK):
+        at = np.minimum(np.arange(start, start + BLOCK), len(query) - 1)
+        own = lists.take(query[at])
+        blocks.append(attribution.explain(model, own, np.arange(BLOCK), first[at], second[at]))
+    join = lambda values: np.concatenate(values)[: len(query)]
+    by_name = lambda dicts: {name: join([values[name] for values in dicts]) for name in dicts[0]}
+    return Explanation(
+        join([block.margin for block in blocks]),
+        by_name([block.groups for block in blocks]),
+        by_name([block.attributes for block in blocks]),
+    )
 
 
 def _types(row: dict[str, Any]) -> tuple[set[str], set[str]]:
@@ -147,16 +214,12 @@ def _fix(reason: Reason, detection: list[dict], lost: float) -> str | None:
     return f"{found}: better detection could win back up to {100 * lost:.1f} points of Compliance@1."
 
 
-def detect(table: pa.Table, lists: Lists) -> list[dict[str, Any]]:
-    """Recall and precision of Step 4's `conflicts` against the reviewer's, by type, with Wilson intervals.
-
-    Of the labelled candidates on which both have spoken.
-    """
-    columns = {"review_conflict_types", "conflicts"}
-    if not columns <= set(table.column_names):
-        return []
-    rows = table.select(sorted(columns)).take(lists.row[lists.labelled]).to_pylist()
-    reviewed, accused, both = Counter(), Counter(), Counter()
+def count_types(table: pa.Table, lists: Lists) -> Types:
+    """What the columns `review_conflict_types` and `conflicts` have; nothing where one is missing."""
+    columns = ("conflicts", "review_conflict_types")
+    there = {*columns} <= {*table.column_names}
+    rows = table.select(columns).take(lists.row[lists.labelled]).to_pylist() if there else []
+    reviewed, accused, both = Counter[str](), Counter[str](), Counter[str]()
     for row in rows:
         if row["review_conflict_types"] is None or row["conflicts"] is None:
             continue
@@ -164,10 +227,16 @@ def detect(table: pa.Table, lists: Lists) -> list[dict[str, Any]]:
         reviewed.update(by_reviewer)
         accused.update(by_step4)
         both.update(by_reviewer & by_step4)
+    return Types(reviewed, accused, both)
+
+
+def detect(types: Types) -> list[dict[str, Any]]:
+    """Recall and precision of Step 4's conflicts against the reviewer's, by type, with Wilson intervals."""
 
     def share(hits: int, of: int) -> list[float] | None:
         return [hits / of, *wilson(np.array(hits), np.array(of)).tolist()] if of else None
 
+    reviewed, accused, both = map(Counter, types)
     return [
         {
             "type": kind,

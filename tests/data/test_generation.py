@@ -158,3 +158,18 @@ def test_what_only_all_parts_show_is_refused(write_run, lines, tmp_path):
     with pytest.raises(InputError, match="5 numbers .* where this run has 4"):
         generate(bare, make_job(tmp_path / "lengths"))
     assert not list(tmp_path.glob("*/certificate.json"))
+
+
+def test_remote_input(write_run, lines, tmp_path):
+    """Through fsspec, whose files in memory are read as those of s3:// and gs:// are."""
+    fsspec = pytest.importorskip("fsspec")
+    pytest.importorskip("upath")
+    run = write_run(lines)
+    fsspec.filesystem("memory").put(f"{run}/", "/runs/one/", recursive=True)
+    here = generate(run, make_job(tmp_path / "here"))
+    there = generate("memory://runs/one", make_job(tmp_path / "there"))
+    assert there["input"]["input"] == "memory://runs/one"
+    assert {**there, "input": 0} == {**here, "input": 0}
+    assert there["input"]["hashes"] == here["input"]["hashes"]
+    with pytest.raises(InputError, match="memory://runs/other: no such run"):
+        runs.find_run("memory://runs/other")

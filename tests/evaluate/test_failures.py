@@ -84,9 +84,13 @@ def pushes(monkeypatch):
 
 
 def analyse(table, lists, scored, count=8):
-    found = failures.analyse(None, table, lists, scored, count)
+    found = failures.analyse(failures.look(None, table, lists, scored, count), lists, scored)
     json.dumps(found, allow_nan=False)
     return found
+
+
+def detect(table, lists):
+    return failures.detect(failures.count_types(table, lists))
 
 
 def test_regret(lists):
@@ -206,15 +210,40 @@ def test_counts_and_shares_add_up(table, lists, scored, monkeypatch):
     assert rows[0]["share"] == pytest.approx(1.0 / 1.9)
 
 
+@pytest.mark.parametrize("count", [1, 2, 8])
+def test_what_was_found_in_parts_is_what_is_found_in_the_whole(table, lists, scored, count):
+    """In any parts: one has no failure, and the largest regret stands in the last."""
+    told = with_conflicts(with_reviews(table, q4_0=["a"], q0_0=["b"], q2_1=["b"]), q0_0=["b"], q2_0=["c"])
+    look = lambda at: failures.look(None, told, lists.take(at), Scored(*(part[at] for part in scored)), count)
+    whole = look(np.arange(5))
+    assert len(whole.examples) == min(count, 3)
+    for parts in ([[0, 1], [2], [3], [4]], [[0], [1, 2, 3, 4]], [[0, 1, 2, 3, 4]]):
+        assert failures.merge([look(np.array(part)) for part in parts], count) == whole
+
+
+def test_of_equal_regrets_the_first_is_shown_first(table, lists, scored):
+    shown = np.arange(4) == failures.shown_and_best(SCORES, lists)[0][:, None]
+    even = lists._replace(compliance=np.where(shown, 0, 0.5).astype(np.float32))
+    look = lambda at: failures.look(None, table, even.take(at), Scored(*(part[at] for part in scored)), 2)
+    whole = look(np.arange(5))
+    assert [example["query_id"] for example in whole.examples] == ["id 0", "id 1"]
+    assert failures.merge([look(np.arange(1)), look(np.arange(1, 5))], 2) == whole
+
+
+def test_more_failures_than_are_explained_at_once(table, lists, scored, monkeypatch):
+    whole = failures.look(None, table, lists, scored)
+    monkeypatch.setattr(failures, "BLOCK", 2)  # of three
+    assert failures.look(None, table, lists, scored) == whole
+
+
 def test_detection_is_counted_where_both_have_spoken(table, lists):
     reviewed = with_reviews(table, q0_0=["a"], q0_1=["a"], q1_0=["a", "b"])
-    found = failures.detect(with_conflicts(reviewed, q0_0=["a"], q4_2=["a"]), lists)
-    a, b = found
+    a, b = detect(with_conflicts(reviewed, q0_0=["a"], q4_2=["a"]), lists)
     assert (a["type"], a["reviewed"], a["found"], a["accused"], a["right"]) == ("a", 3, 1, 2, 1)
     assert a["recall"] == pytest.approx([1 / 3, *proportion_confint(1, 3, method="wilson")])
     assert a["precision"] == pytest.approx([1 / 2, *proportion_confint(1, 2, method="wilson")])
     assert (b["recall"][0], b["precision"]) == (0.0, None)
-    assert failures.detect(table, lists) == []  # Step 4 has told nothing
+    assert detect(table, lists) == []  # Step 4 has told nothing
 
 
 def test_a_fix_is_told_only_where_the_data_bear_it(table, lists, scored, monkeypatch):
