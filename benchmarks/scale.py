@@ -84,9 +84,9 @@ def line(job: str, sizes: list[dict[str, float]]) -> dict[str, float]:
         f"memory grows by {grows:.0f} bytes a row, the largest run is {mb[-1] / peak[-1]:.1f} times it"
     )
     total, rate = hours * cores, mb[-1] / rows[-1] / slope / cores
-    say(f"  10^9 rows: {total:.0f} core-hours, {hours:.0f} hours on these {cores} cores; on 100 of a Ray cluster "
-        f"{total / 100:.1f} hours, where storage gives them {100 * rate:,.0f} MB/s; and {grows:.0f} GB in the "
-        "process that hands out parts, so rather in run folders of 10^8 rows")  # fmt: skip
+    say(f"  10^9 rows: {total:.0f} core-hours, {hours:.0f} hours on these {cores} cores; on 100 of a Ray "
+        f"cluster {total / 100:.1f} hours, where storage gives them {100 * rate:,.0f} MB/s")  # fmt: skip
+    say(f"  and {grows:.0f} GB where parts are handed out, so rather in run folders of 10^8 rows")
     return {"start_s": start, "row_us": 1e6 * slope, "bytes_a_row": grows}
 
 
