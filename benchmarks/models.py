@@ -41,12 +41,19 @@ def random_lists(queries: int, candidates: int, dim: int = 512, seed: int = 0) -
 
 
 def random_model(dim: int = 512, members: int = 1, folds: int = 5, hidden: int = 0) -> artifact.Model:
-    """A model whose lanes differ in all weights: `folds` of cross-validation and `members` final ones."""
-    lists, lanes = random_lists(120, 10, dim), folds + members
-    words = encoding.vocabulary(lists)
-    fitted = features.fit(lists, words, features.Settings(64, 16))
-    statistics = features.Statistics(*(np.repeat(np.asarray(part)[None], lanes, axis=0) for part in fitted))
-    inputs = fitting.featurize_views(statistics, encoding.encode(lists, words))
+    """A model whose lanes differ in all weights: as in training, `members` of each fold, and final ones.
+
+    The members of a fold share its statistics.
+    """
+    lists, lanes = random_lists(120, 10, dim), (folds + 1) * members
+    words, fold = encoding.vocabulary(lists), np.arange(120) % folds
+    learned = [*(lists.take(np.flatnonzero(fold != view)) for view in range(folds)), lists]
+    fitted = [features.fit(part, words, features.Settings(64, 16)) for part in learned]
+    view = np.repeat(np.arange(folds + 1), members)
+    statistics = features.Statistics(*(np.stack(part)[view] for part in zip(*fitted, strict=True)))
+    inputs = fitting.featurize_views(
+        jax.tree.map(lambda part: part[:1], statistics), encoding.encode(lists, words)
+    )
     gates = features.make_gates(encoding.make_mask(encoding.GROUPS))
     one, key = jax.tree.map(lambda x: x[0, 0], inputs), jax.random.key(0)
     shapes = jax.eval_shape(Reranker(hidden=hidden).init, key, one, gates)
@@ -55,7 +62,7 @@ def random_model(dim: int = 512, members: int = 1, folds: int = 5, hidden: int =
     config: dict[str, Any] = {"groups": "clip,so,conflict", "without": "", "hidden": hidden}
     none = {name: np.zeros(0) for name in ("query_id", "canonical_id")}
     return artifact.Model("random", config, words, statistics, jax.tree.map(draw, shapes),
-                          np.arange(lanes) >= folds, CALIBRATION, {"certificate": ""}, none)  # fmt: skip
+                          view == folds, CALIBRATION, {"certificate": ""}, none)  # fmt: skip
 
 
 def save(model: artifact.Model, folder: pathlib.Path) -> model_files.Contents:

@@ -1,25 +1,39 @@
 """Scores the candidates of one query in NumPy: what `ranker.artifact` does in JAX, arranged for one list.
 
 Nothing but the hidden layer and the words' shares bends, so the query is multiplied into the weights
-first: what is left for a candidate is one product with its embedding and one with its attributes.  The
-weights of all L lanes stand side by side, so an ensemble is one product too.
+first: what is left for a candidate is one product with its embedding and one with its other features.
+What rests on statistics alone is done once a view, for all lanes that learned from the same rows, and what
+a domain and constraints decide is kept for the next query that says the same.
+
+Shapes: L lanes, V views; A attributes, f features of a candidate; d numbers of an embedding, p components
+of it; q numbers of a query; w words of k keys; h hidden units.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from cotrr.ranker.calibrators import Scored, conclude
-from cotrr.ranker.encoding import CONFLICT_PROB, RULE, RULE_COLUMNS, WINSOR, encode_wants, mask_of
+from cotrr.ranker.calibrators import Scored, clip, conclude
+from cotrr.ranker.encoding import CONFLICT_PROB, NAMES, RULE, RULE_COLUMNS, WINSOR, encode_wants, mask_of
 from cotrr.ranker.model_files import Contents
 
 if TYPE_CHECKING:
     from cotrr.data.lists import Lists
 
 PROBABILITIES = (0.01, 0.99)  # a conflict probability is held inside, so that its logit is finite
+# A candidate's features: its attributes, which of them are there, the terms of Step 4's rule, the logit of
+# its conflict probability, a 1; behind them, by key, how far the wanted words are met, then their shares.
+_VALUES = slice(0, len(NAMES))
+_THERE = slice(_VALUES.stop, 2 * len(NAMES))
+_TERMS = slice(_THERE.stop, _THERE.stop + len(RULE))
+_CONFLICT, _ONE, _MATCHES = range(_TERMS.stop, _TERMS.stop + 3)
+_COLUMNS = list(RULE_COLUMNS)
+
+Arrays = dict[str, np.ndarray]
 
 
 class Query(NamedTuple):
@@ -31,32 +45,48 @@ class Query(NamedTuple):
 
 
 class Domain(NamedTuple):
-    """What the lanes know of a domain: L lanes, A attributes."""
+    """What is known of a domain."""
 
-    mean: np.ndarray  # [L, A, 1]
-    scale: np.ndarray  # [L, A, 1] 1 / deviation; 0 where training never saw it, or it never varies
-    rule: np.ndarray  # [L, 1, 3] weights of the rule's terms
-    base: np.ndarray  # [L, 2] base logits of a candidate at the mean
+    mean: np.ndarray  # [A, V, 1]
+    scale: np.ndarray  # [A, V, 1] 1 / deviation; 0 where training never saw it, or it never varies
+    usual: np.ndarray  # [V, 1] logit of the mean conflict probability
+    weights: np.ndarray  # [L, 2 (f + p)] of Step 4's own view, and the bias
 
 
 class Words(NamedTuple):
-    """The words of one key of constraints: v of them."""
+    """The words of some keys."""
 
-    place: np.ndarray  # [v] where they stand in the vocabulary
-    axes: np.ndarray  # [L v, d]
-    offset: np.ndarray  # [L v, 1] of the mean image
+    axes: np.ndarray  # [w V, d + 1]
+    of_key: np.ndarray  # [k, w] 0 or 1
+    features: np.ndarray  # [2 k] where their matches stand
 
 
-class Match(NamedTuple):
-    """How well n images match the wanted words of a key, [L, 1, n] each."""
+class Wish(NamedTuple):
+    """What a domain and constraints decide, whatever the text and the candidates."""
 
-    key: int
-    there: np.ndarray  # how far they lie along the wanted word
-    share: np.ndarray  # the log of its share among all words of the key
+    weights: np.ndarray  # [L, 2 (f + p) + h] of features and components, and for the hidden layer
+    keys: tuple[int, ...]  # k that are asked for
+    wanted: np.ndarray  # [2 k, w] by key: the weight of each of their words, then 1 where it is wanted
+    count: np.ndarray  # [k, 1] how many words are wanted
+
+
+class Hidden(NamedTuple):
+    """The hidden layer, but for what it has of the query."""
+
+    weights: np.ndarray  # [h L, f]
+    axes: np.ndarray  # [h L, d + 1]
+    heads: np.ndarray  # [L, 2, h]
+
+
+class Candidates(NamedTuple):
+    """What is known of n candidates."""
+
+    pictures: np.ndarray  # [d + 1, n]
+    features: np.ndarray  # [V, f, n] as each view sees them
 
 
 class Scorer:
-    """A model for one list at a time; it changes nothing, so any number of threads may share it.
+    """A model for one list at a time; any number of threads may share it.
 
     Candidates stand last in every array, so that what is done for all of them runs over memory in order.
     """
@@ -65,67 +95,30 @@ class Scorer:
         """Arranges the weights of a model's files."""
         w, config = contents.weights, contents.facts["config"]
         s = {k.removeprefix("statistics/"): v for k, v in w.items() if k.startswith("statistics/")}
+        mask = mask_of(config).astype(np.float32)
         self.version: str = contents.facts["version"]
         self.image_dim, self.text_dim = s["image_mean"].shape[1], s["text_mean"].shape[1]
         self._final, self._fitted = w["final"], contents.calibration
-        self._domains = {name: i for i, name in enumerate(contents.vocabulary.domains)}
-        self._tokens = {name: i for i, name in enumerate(contents.vocabulary.constraints)}
-        self._text_mean, self._text_axes = s["text_mean"], s["text_axes"]
-        # Images are centred once; what is left of each lane's own mean is small, so no digits cancel.
-        self._centre = s["image_mean"].mean(axis=0)
-        self._image_mean = (s["image_mean"] - self._centre)[..., None]  # [L, d, 1]
-        self._image_axes = np.ascontiguousarray(s["image_axes"].transpose(0, 2, 1))  # [L, p, d]
-        self._words = [self._key(s, key) for key in range(s["word_key"].shape[1])]
-        mask = mask_of(config).astype(np.float32)
-        self._set_base(s, w["params/base_scale"], mask)
-        self._set_weights(s, w, mask, config["hidden"])
-
-    def _set_base(self, s: dict[str, np.ndarray], size: np.ndarray, mask: np.ndarray) -> None:
-        """Step 4's own view: its rule, and the logit of its conflict probability."""
-        seen, columns = s["missing"] < 1, list(RULE_COLUMNS)
-        terms = np.array(list(RULE.values()), np.float32)
-        gated = terms * mask[columns] * seen[:, columns] * size[:, :1] / s["rule_scale"][:, None]
-        self._conflict = (size[:, 1] * mask[CONFLICT_PROB] * seen[:, CONFLICT_PROB])[:, None]
-        self._domain = []
-        for mean, scale in zip(s["mean"].swapaxes(0, 1), s["scale"].swapaxes(0, 1), strict=True):
-            rule = (mean[:, columns] @ terms - s["rule_mean"]) / s["rule_scale"]
-            usual = _logit(mean[:, CONFLICT_PROB]) * seen[:, CONFLICT_PROB]
-            base = size * np.stack([rule, usual], axis=1)
-            inverse = np.where(seen & np.isfinite(scale), 1 / scale, np.float32(0))
-            self._domain.append(Domain(mean[..., None], inverse[..., None], gated[:, None], base))
-
-    def _set_weights(
-        self, s: dict[str, np.ndarray], w: dict[str, np.ndarray], mask: np.ndarray, hidden: int
-    ) -> None:
-        """Weights with the masks, and what else is the same for every list, multiplied in."""
-        words, parts = s["word_axes"].shape[1], 2 * len(self._words)
-        lanes, components, text = len(s["missing"]), s["image_axes"].shape[2], s["text_axes"].shape[2]
-        gate = lambda *sizes: np.concatenate(
-            [np.broadcast_to(np.float32(size), width) for size, width in sizes]
-        )
-        query_gate = gate((1, 1 + words), (mask[-1], text))
-        candidate_gate = np.concatenate([mask[:-1], mask[:-1], gate((mask[-1], components + parts))])
-        # What divides a match, and which indicators vary, belongs to the weights as well.
-        varies = (s["missing"] > 0) & (s["missing"] < 1)
-        inverse = np.where(np.isfinite(s["match_scale"]), 1 / s["match_scale"], 0)
-        size = np.concatenate([np.ones_like(varies), varies, np.ones((lanes, components)), inverse], axis=1)
-        size = (size * candidate_gate).astype(np.float32)  # [L, c]
-        weights = w["params/query_weights"].transpose(0, 1, 3, 2) * query_gate[:, None, None]
-        self._weights = (weights * size[:, None, None]).reshape(lanes, len(query_gate), -1)  # [L, q, 2 c]
-        self._offset = w["params/query_offset"] * query_gate[:, None]
-        self._bias, self._missing = w["params/bias"], s["missing"][..., None]
-        count = len(mask) - 1
-        self._split = [count, 2 * count, 2 * count + components]
-        self._hidden = None
-        if hidden:
-            of_query = w["params/query_hidden"] * query_gate[:, None]
-            of_candidate = (w["params/candidate_hidden"] * size[..., None]).transpose(0, 2, 1)
-            self._hidden = of_query, of_candidate, w["params/heads"].transpose(0, 2, 1)
-
-    def _key(self, s: dict[str, np.ndarray], key: int) -> Words:
-        place = np.flatnonzero(s["word_key"][0, key])
-        axes = s["word_axes"][:, place]  # [L, v, d]
-        return Words(place, axes.reshape(-1, axes.shape[2]), (axes @ self._image_mean).reshape(-1, 1))
+        self._rows = {name: row for row, name in enumerate(contents.vocabulary.domains)}
+        self._tokens = {name: place for place, name in enumerate(contents.vocabulary.constraints)}
+        self._view, first = _views(s)
+        v = {name: of_lane[first] for name, of_lane in s.items()}
+        self._text_centre, self._text_axes = _centred(v["text_mean"], v["text_axes"].swapaxes(1, 2))
+        self._image_centre, image_axes = _centred(v["image_mean"], v["image_axes"].swapaxes(1, 2))
+        _, word_axes = _centred(v["image_mean"], v["word_axes"])
+        # Where views have differently many lanes, each lane gets its view's arrays for itself.
+        even = len({*np.bincount(self._view).tolist()}) == 1
+        self._shared = slice(None) if even else self._view
+        self._image_axes = image_axes[self._shared]
+        by_key = v["word_key"][0]
+        self._count = _MATCHES + 2 * len(by_key)
+        self._domains = _domains(s, w, mask, first)
+        of_words, self._of_text = np.split(_of_query(s, w, mask), [1 + len(self._tokens)], axis=1)
+        self._hidden = _hidden(s, w, mask, self._image_axes) if config["hidden"] else None
+        # What these keep is never changed, so threads may share it.  Queries ask for few sets of keys.
+        own = [domain.weights for domain in self._domains]
+        self._wish = functools.lru_cache(maxsize=128)(functools.partial(_wish, of_words, own, by_key))
+        self._words = functools.lru_cache(maxsize=8)(functools.partial(_words, word_axes, by_key))
 
     def score(self, query: Query, image: np.ndarray, attributes: np.ndarray) -> Scored:
         """Calibrated scores of n candidates: `image` [n, d] (NaN or d = 0: missing), `attributes` [n, A]."""
@@ -134,102 +127,58 @@ class Scorer:
 
     def logits(self, query: Query, image: np.ndarray, attributes: np.ndarray) -> np.ndarray:
         """[L, 2, n] rank and conflict logits of each lane."""
-        domain = self._domain[self._domains.get(query.domain, -1)]  # the last one is of all domains
+        row = self._rows.get(query.domain, -1)  # the last one is of all domains
         wants = np.zeros(len(self._tokens), np.float32)
         encode_wants(query.constraints, self._tokens, wants)
-        asked = self._asked(query.text, wants)
-        pictures, values = self._pictures(image), attributes.astype(np.float32, copy=False).T
-        missing = np.isnan(values)
-        apart = np.where(missing, np.float32(0), values - domain.mean)  # [L, A, n]
-        seen = Seen(
-            np.clip(apart * domain.scale, -WINSOR, WINSOR), missing, pictures, self._matches(pictures, wants)
-        )
-        mixed = (asked @ self._weights).reshape(len(self._bias), 2, -1)  # [L, 2, c]
-        logits = self._weigh(mixed, seen)
-        logits += (asked @ self._offset).transpose(0, 2, 1) + (self._bias + domain.base)[..., None]
-        logits[:, 0] += (domain.rule @ apart[:, RULE_COLUMNS])[:, 0]
-        mean = domain.mean[:, CONFLICT_PROB]
-        logits[:, 1] += self._conflict * (_logit(apart[:, CONFLICT_PROB] + mean) - _logit(mean))
+        wish = self._wish(row, wants.tobytes())  # not by the words: a caller's may be of any length
+        seen = self._seen(self._domains[row], wish, image, attributes)
+        mixed, inside = self._mixed(wish, query.text)
+        axes = _times(mixed[:, self._count :], self._image_axes)
+        logits = self._weigh(mixed[:, : self._count], axes, seen)
         if self._hidden is not None:
-            of_query, of_candidate, heads = self._hidden
-            inside = self._weigh(of_candidate, seen) + (asked @ of_query).transpose(0, 2, 1)
-            logits += heads @ _gelu(inside)
+            inside = inside[..., None] + self._weigh(self._hidden.weights, self._hidden.axes, seen)
+            logits += self._hidden.heads @ _gelu(inside)
         return logits
 
-    def _weigh(self, weights: np.ndarray, seen: Seen) -> np.ndarray:
-        """[L, k, n] products of weights [L, k, c] with all features of the candidates."""
-        values, lost, shown, matched = np.split(weights, self._split, axis=2)
-        lanes, k, _ = weights.shape
-        total = values @ seen.attributes
-        indicator = lost.reshape(lanes * k, -1) @ seen.missing.astype(np.float32)
-        total += indicator.reshape(lanes, k, -1) - lost @ self._missing
-        total += self._along(seen.pictures, shown @ self._image_axes)
-        for match in seen.matches:
-            total += matched[:, :, match.key, None] * match.there
-            total += matched[:, :, match.key + len(self._words), None] * match.share
-        return total
+    def _mixed(self, wish: Wish, text: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """[2 L, f + p] weights of features and components, [L, h] what the hidden layer has of the query."""
+        components = self._text_axes @ _apart(text[None], self._text_centre).T  # [V, p, 1]
+        mixed = (components[self._view].swapaxes(1, 2) @ self._of_text)[:, 0] + wish.weights
+        width = self._domains[0].weights.shape[1]
+        return mixed[:, :width].reshape(2 * len(mixed), -1), mixed[:, width:]
 
-    def _along(self, pictures: Pictures, axes: np.ndarray) -> np.ndarray:
-        """[L, k, n] images less their mean, along axes [L, k, d]; 0 for a missing one."""
-        lanes, k, d = axes.shape
-        flat = axes.reshape(lanes * k, d) @ pictures.vectors
-        flat -= (axes @ self._image_mean).reshape(lanes * k, 1)
-        if pictures.there is not None:
-            flat *= pictures.there
-        return flat.reshape(lanes, k, -1)
+    def _seen(self, domain: Domain, wish: Wish, image: np.ndarray, attributes: np.ndarray) -> Candidates:
+        pictures = _apart(image, self._image_centre).T
+        features = self._features(domain, attributes)
+        if wish.keys:
+            words = self._words(wish.keys)
+            shape = len(words.features), *features.shape[1:]
+            features[words.features] = _matches(words, wish, pictures).reshape(shape)
+        return Candidates(pictures, features[:, self._shared].swapaxes(0, 1))
 
-    def _asked(self, text: np.ndarray, wants: np.ndarray) -> np.ndarray:
-        """[L, 1, q] the query as each lane sees it: a constant, what is wanted, components of its text."""
-        known = self.text_dim and len(text) == self.text_dim and np.isfinite(text[0])  # all of it, or nothing
-        centred = text - self._text_mean if known else np.zeros_like(self._text_mean)
-        components = centred[:, None] @ self._text_axes
-        same = np.concatenate([np.ones(1, np.float32), wants])
-        return np.concatenate([np.broadcast_to(same, (len(centred), 1, len(same))), components], axis=2)
+    def _features(self, domain: Domain, attributes: np.ndarray) -> np.ndarray:
+        """[f, V, n] features of the candidates as each view sees them, their matches with words still 0."""
+        values = np.ascontiguousarray(attributes.T, np.float32)
+        missing = np.isnan(values)
+        features = np.empty((self._count, len(domain.usual), len(attributes)), np.float32)
+        features[_THERE] = ~missing[:, None]
+        apart = features[_VALUES]
+        np.subtract(np.where(missing, np.float32(0), values)[:, None], domain.mean, out=apart)
+        apart *= features[_THERE]
+        features[_TERMS] = apart[_COLUMNS]
+        apart *= domain.scale
+        clip(apart, -WINSOR, WINSOR, out=apart)
+        clash = _logit(values[CONFLICT_PROB]) - domain.usual
+        features[_CONFLICT] = np.where(missing[CONFLICT_PROB], 0, clash)
+        features[_ONE] = 1
+        features[_MATCHES:] = 0
+        return features
 
-    def _pictures(self, image: np.ndarray) -> Pictures:
-        """The images, with those marked that are missing."""
-        if image.shape[1] != self.image_dim:  # none is given, or the model knows none
-            image = np.full((len(image), self.image_dim), np.nan, np.float32)
-        vectors = (image.astype(np.float32, copy=False) - self._centre).T
-        there = np.asarray(np.isfinite(vectors[:1]).all(axis=0))
-        return Pictures(vectors, None) if there.all() else Pictures(np.where(there, vectors, 0), there)
-
-    def _matches(self, pictures: Pictures, wants: np.ndarray) -> list[Match]:
-        """What is wanted of each key and how far it is met; a key that is not asked for has no match."""
-        found = []
-        for key, words in enumerate(self._words):
-            weight = wants[words.place]
-            wanted = np.flatnonzero(weight)
-            if not len(wanted):
-                continue
-            flat = words.axes @ pictures.vectors
-            flat -= words.offset
-            if pictures.there is not None:
-                flat *= pictures.there
-            along = flat.reshape(len(self._bias), len(weight), -1)  # [L, v, n]
-            most = along.max(axis=1, keepdims=True)
-            total = np.log(np.exp(along - most).sum(axis=1, keepdims=True)) + most
-            of_wanted = along[:, wanted]
-            there = (weight[wanted, None] * of_wanted).sum(axis=1, keepdims=True)
-            share = of_wanted.sum(axis=1, keepdims=True) - len(wanted) * total
-            found.append(Match(key, there, share))
-        return found
-
-
-class Pictures(NamedTuple):
-    """Image embeddings; those that are missing are 0."""
-
-    vectors: np.ndarray  # [d, n]
-    there: np.ndarray | None  # [n] bool; None: all are
-
-
-class Seen(NamedTuple):
-    """The features of n candidates, as each of L lanes sees them."""
-
-    attributes: np.ndarray  # [L, A, n] standardised
-    missing: np.ndarray  # [A, n] bool
-    pictures: Pictures
-    matches: list[Match]
+    def _weigh(self, weights: np.ndarray, axes: np.ndarray, seen: Candidates) -> np.ndarray:
+        """[L, k, n]: weights [k L, f] of the features, and what lies along axes [k L, d + 1]."""
+        total = _times(weights, seen.features)
+        total += axes @ seen.pictures
+        return total.reshape(len(self._view), len(total) // len(self._view), total.shape[1])
 
 
 def of_list(lists: Lists, q: int) -> tuple[Query, np.ndarray, np.ndarray]:
@@ -251,11 +200,141 @@ def largest_difference(scorer: Scorer, logits: tuple[np.ndarray, np.ndarray], li
     return worst
 
 
+def _views(s: Arrays) -> tuple[np.ndarray, np.ndarray]:
+    """[L] the view of each lane, [V] the first lane of each: neighbours of the same statistics share one."""
+    lanes = np.arange(len(s["missing"]))
+    other = lambda lane: any((values[lane] != values[lane - 1]).any() for values in s.values())
+    first = np.array([lane for lane in lanes if lane == 0 or other(lane)])
+    return np.searchsorted(first, lanes, side="right") - 1, first
+
+
+def _centred(mean: np.ndarray, axes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """[d] a centre, [V, k, d + 1] axes [V, k, d] from each view's mean [V, d], for vectors as of `_apart`.
+
+    Vectors are centred once; what is left of each view's own mean is small, so that no digits cancel.
+    """
+    centre = mean.mean(axis=0)
+    offset = axes @ (centre - mean)[..., None]
+    return centre, np.ascontiguousarray(np.concatenate([axes, offset], axis=2))
+
+
+def _apart(vectors: np.ndarray, centre: np.ndarray) -> np.ndarray:
+    """[n, d + 1] vectors [n, d] less a centre, and a 1; all 0 where one is missing."""
+    d = len(centre)
+    if vectors.shape[1] != d:  # none is given, or the model knows none
+        return np.zeros((len(vectors), d + 1), np.float32)
+    apart = np.empty((len(vectors), d + 1), np.float32)
+    np.subtract(vectors, centre, out=apart[:, :d])
+    apart[:, d] = 1
+    there = np.isfinite(apart[:, 0])
+    if not there.all():
+        apart[~there] = 0
+    return apart
+
+
+def _domains(s: Arrays, w: Arrays, mask: np.ndarray, first: np.ndarray) -> list[Domain]:
+    """What is known of each domain; `first` [V] is a lane of each view.
+
+    Step 4's own view is its rule, and the logit of its conflict probability.
+    """
+    known, size = s["missing"] < 1, w["params/base_scale"]
+    counts, terms = mask[:-1] * known, np.array(list(RULE.values()), np.float32)
+    width = _MATCHES + s["match_scale"].shape[1] + s["image_axes"].shape[2]
+    found = []
+    for mean, scale in zip(s["mean"].swapaxes(0, 1), s["scale"].swapaxes(0, 1), strict=True):
+        rule = (mean[:, _COLUMNS] @ terms - s["rule_mean"]) / s["rule_scale"]
+        usual = _logit(mean[:, CONFLICT_PROB])
+        base = np.stack([rule, usual * known[:, CONFLICT_PROB]], axis=1)
+        weights = np.zeros((len(mean), 2, width), np.float32)
+        weights[:, 0, _TERMS] = size[:, :1] * counts[:, _COLUMNS] * terms / s["rule_scale"][:, None]
+        weights[:, 1, _CONFLICT] = size[:, 1] * counts[:, CONFLICT_PROB]
+        weights[..., _ONE] = size * base + w["params/bias"]
+        inverse = np.where(known & np.isfinite(scale), 1 / scale, np.float32(0))
+        of_view = lambda of_lane: of_lane[first].T[..., None]
+        found.append(Domain(of_view(mean), of_view(inverse), of_view(usual), weights.reshape(len(mean), -1)))
+    return found
+
+
+def _of_query(s: Arrays, w: Arrays, mask: np.ndarray) -> np.ndarray:
+    """[L, q, 2 (f + p) + h] what each number of a query weighs."""
+    weights = _arranged(w["params/query_weights"].swapaxes(2, 3), s, mask)
+    weights[..., _ONE] += w["params/query_offset"]
+    weights = weights.reshape(*weights.shape[:2], -1)
+    if "params/query_hidden" in w:
+        weights = np.concatenate([weights, w["params/query_hidden"]], axis=2)
+    weights[:, 1 + s["word_key"].shape[2] :] *= mask[-1]
+    return weights
+
+
+def _hidden(s: Arrays, w: Arrays, mask: np.ndarray, image_axes: np.ndarray) -> Hidden:
+    weights = _arranged(w["params/candidate_hidden"].swapaxes(1, 2), s, mask)
+    weights = weights.reshape(-1, weights.shape[2])
+    features, components = np.split(weights, [weights.shape[1] - image_axes.shape[1]], axis=1)
+    return Hidden(features, _times(components, image_axes), w["params/heads"].swapaxes(1, 2))
+
+
+def _arranged(weights: np.ndarray, s: Arrays, mask: np.ndarray) -> np.ndarray:
+    """[L, ..., f + p] weights [L, ..., c] of what training calls a candidate's features, in our order.
+
+    What scales a feature, and what of it is the same for every candidate, belongs to the weights here.
+    """
+    wide = lambda of_lane: of_lane.reshape(len(of_lane), *[1] * (weights.ndim - 2), -1)
+    missing, components = s["missing"], s["image_axes"].shape[2]
+    varies = (missing > 0) & (missing < 1)
+    inverse = np.where(np.isfinite(s["match_scale"]), 1 / s["match_scale"], np.float32(0))
+    ends = np.cumsum([len(mask) - 1, len(mask) - 1, components])
+    values, lost, shown, matched = np.split(weights, ends, axis=-1)
+    there = lost * wide(-mask[:-1] * varies)  # 1 less the indicator of training
+    usual = -(there * wide(1 - missing)).sum(axis=-1, keepdims=True)
+    own = np.zeros((*weights.shape[:-1], len(RULE) + 1), np.float32)  # of Step 4's view: see `Domain`
+    matched, shown = matched * wide(inverse) * mask[-1], shown * mask[-1]
+    return np.concatenate([values * mask[:-1], there, own, usual, matched, shown], axis=-1)
+
+
+def _wish(of_words: np.ndarray, own: list[np.ndarray], by_key: np.ndarray, row: int, wants: bytes) -> Wish:
+    """Of the domain in a row of `own`, and float32 weights [W] of the vocabulary's words."""
+    weight = np.frombuffer(wants, np.float32)
+    weights = np.append(np.float32(1), weight) @ of_words
+    weights[:, : own[row].shape[1]] += own[row]
+    asked = by_key * weight
+    keys = np.flatnonzero(asked.any(axis=1))
+    wanted = asked[keys][:, by_key[keys].any(axis=0)]
+    count = (wanted > 0).sum(axis=1, keepdims=True, dtype=np.float32)
+    return Wish(weights, tuple(keys.tolist()), np.concatenate([wanted, wanted > 0]), count)
+
+
+def _words(axes: np.ndarray, by_key: np.ndarray, keys: tuple[int, ...]) -> Words:
+    """The words of these keys, of axes [V, W, d + 1] and which of them each key has [K, W]."""
+    of_key = by_key[list(keys)]
+    place = of_key.any(axis=0)
+    own = axes[:, place].swapaxes(0, 1).reshape(-1, axes.shape[2])
+    features = _MATCHES + np.array([*keys, *(key + len(by_key) for key in keys)])
+    return Words(np.ascontiguousarray(own), of_key[:, place], features)
+
+
+def _matches(words: Words, wish: Wish, pictures: np.ndarray) -> np.ndarray:
+    """[2 k, V n] by key: how far its wanted words are met, and the logs of their shares among all of its."""
+    along = (words.axes @ pictures).reshape(words.of_key.shape[1], -1)  # [w, V n]
+    found = wish.wanted @ along
+    most = along.max(axis=0)
+    along -= most
+    # The floor is that of `features.match_words`, for a key whose words all lie far below another's.
+    total = np.log(np.maximum(words.of_key @ np.exp(along, out=along), 1e-30)) + most
+    found[len(total) :] -= wish.count * total
+    return found
+
+
+def _times(weights: np.ndarray, shared: np.ndarray) -> np.ndarray:
+    """[r, n] products of weights [r, c] with arrays [V, c, n], each of which as many rows in turn share."""
+    views, c, n = shared.shape
+    return (weights.reshape(views, len(weights) // views, c) @ shared).reshape(len(weights), n)
+
+
 def _logit(p: np.ndarray) -> np.ndarray:
-    p = np.clip(p, *PROBABILITIES)
+    p = clip(p, *PROBABILITIES)
     return np.log(p / (1 - p))
 
 
 def _gelu(x: np.ndarray) -> np.ndarray:
     """The tanh form of the Gaussian error linear unit (Hendrycks & Gimpel 2016)."""
-    return 0.5 * x * (1 + np.tanh(np.float32(0.7978845608) * (x + np.float32(0.044715) * x**3)))
+    return 0.5 * x * (1 + np.tanh(np.float32(0.7978845608) * (x + np.float32(0.044715) * (x * x * x))))

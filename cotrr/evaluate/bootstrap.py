@@ -147,24 +147,30 @@ def fixed_point(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
     The largest value of a column is held to 2^-33 of itself.
     """
-    largest = np.abs(values).max(axis=0, initial=0.0)
+    largest = np.maximum(values.max(axis=0, initial=0.0), -values.min(axis=0, initial=0.0))
     size = 2.0 ** (np.ceil(np.log2(np.where(largest > 0, largest, 1.0))) - DIGITS * BITS)
-    whole = np.rint(values / size).astype(np.int64)
-    mask = (1 << BITS) - 1
-    digits = [(whole >> (BITS * i)) & mask for i in range(DIGITS - 1)] + [whole >> (BITS * (DIGITS - 1))]
-    return np.stack(digits).astype(np.float32), size
+    digits = np.empty((len(values), DIGITS, values.shape[1]), np.float32)
+    for start in range(0, len(values), BLOCK):  # 64-bit numbers of all units would be thrice the digits
+        piece = slice(start, start + BLOCK)
+        whole = np.rint(values[piece] / size).astype(np.int64)
+        for place in range(DIGITS - 1):
+            digits[piece, place] = whole & ((1 << BITS) - 1)
+            whole >>= BITS
+        digits[piece, -1] = whole
+    return digits.transpose(1, 0, 2), size
 
 
 def weighted_sums(draw: Draw, values: np.ndarray, weights: Weights = counts) -> np.ndarray:
     """[C, B] Σ_u weight[b, u] · values[u, c], exact for values [U, C] rounded to 2^-33 of their column.
 
+    Beside the values, their digits are held (12 bytes a value) and some rows of weights (`_rows`).
     Raises ValueError for values that are not finite: what is undefined needs a weight of its own.
     """
     if not np.isfinite(values).all():
         raise ValueError("values to sum must be finite")
     digits, size = fixed_point(np.asarray(values, np.float64))
     units, columns = values.shape
-    flat = np.ascontiguousarray(digits.transpose(1, 0, 2)).reshape(units, -1)
+    flat = digits.transpose(1, 0, 2).reshape(units, -1)
     total = _sums_numpy(draw, flat, weights) if draw.small else _sums_jax(draw, flat, weights)
     scale = 2.0 ** (BITS * np.arange(DIGITS))
     return np.tensordot(scale, total.reshape(DIGITS, columns, -1), axes=1) * size[:, None]
@@ -193,36 +199,51 @@ def _sums_numpy(draw: Draw, digits: np.ndarray, weights: Weights) -> np.ndarray:
 
 
 def _sums_jax(draw: Draw, digits: np.ndarray, weights: Weights) -> np.ndarray:
-    blocks = -(-draw.units // BLOCK)
-    padded = np.pad(digits, ((0, blocks * BLOCK - draw.units if blocks > 1 else 0), (0, 0)))
-    data = (padded.reshape(blocks, -1, digits.shape[1]),)
-    # On a CPU the counts of a chunk stay in its cache; elsewhere large products are wanted.
-    chunk = max(1, (2**18 if on_cpu() else 2**26) // draw.units)
+    blocks = draw.units // BLOCK
+    whole, rest = np.split(digits, [blocks * BLOCK])
+    data = (whole.reshape(blocks, BLOCK, digits.shape[1]), rest[None])
     share = -(-draw.resamples // max(-(-draw.resamples // 1024), _threads()))
-    chunk = min(chunk, share)
-    shape = {"units": draw.units, "rows": chunk, "calls": -(-share // chunk)}
+    rows = min(_rows(draw.units), share)
+    shape = {"units": draw.units, "rows": rows, "calls": -(-share // rows)}
     program = partial(_sum_chunk, jnp.uint32(draw.seed), weights=weights, **shape)
-    return np.concatenate(over_devices(program, draw.resamples, chunk * shape["calls"], data), axis=1)
+    return np.concatenate(over_devices(program, draw.resamples, rows * shape["calls"], data), axis=1)
+
+
+def _rows(units: int) -> int:
+    """Replicates whose weights are held at once.
+
+    On a CPU they stay in its cache; elsewhere large products are wanted.  Of many units some rows
+    share each pass over the digits, which would take longer than drawing them.
+    """
+    return max(8, (2**18 if on_cpu() else 2**26) // units)
 
 
 @partial(jax.jit, static_argnames=("weights", "units", "rows", "calls"), compiler_options=WIDE)
 def _sum_chunk(
     seed: jax.Array,
     start: jax.Array,
-    digits: jax.Array,
+    whole: jax.Array,
+    rest: jax.Array,
     *,
     weights: Weights,
     units: int,
     rows: int,
     calls: int,
 ) -> jax.Array:
-    """[3C, rows · calls] float64 sums of the replicates from `start` on."""
-    blocks, width, columns = digits.shape
+    """[3C, rows · calls] float64 sums of the replicates from `start` on.
+
+    The digits are `whole` [blocks, BLOCK, 3C] and those of the units behind them, `rest` [1, r, 3C].
+    """
+    blocks, width, columns = whole.shape
+
+    def product(drawn: jax.Array, digits: jax.Array) -> jax.Array:
+        drawn = drawn.reshape(rows, *digits.shape[:2])
+        return jnp.einsum("rbu,buc->brc", drawn, digits, precision="highest")
 
     def chunk(first: jax.Array) -> jax.Array:
         drawn = weights(jnp, seed, first + jnp.arange(rows, dtype=jnp.uint32), units).astype(jnp.float32)
-        drawn = jnp.pad(drawn, ((0, 0), (0, blocks * width - units))).reshape(rows, blocks, width)
-        exact = jnp.einsum("rbu,buc->brc", drawn, digits, precision="highest")
+        inside, behind = jnp.split(drawn, [blocks * width], axis=1)
+        exact = jnp.concatenate([product(inside, whole), product(behind, rest)])
         return jnp.sum(exact.astype(jnp.float64), axis=0)
 
     firsts = start + jnp.uint32(rows) * jnp.arange(calls, dtype=jnp.uint32)

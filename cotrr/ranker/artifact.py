@@ -1,7 +1,9 @@
 """The finished model: all that scoring needs, saved as the plain files of `model_files`."""
 
+import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -22,7 +24,12 @@ from cotrr.ranker.encoding import encode as encode_words
 from cotrr.ranker.model import Params, Reranker, Scores
 from cotrr.ranker.model_files import FORMAT, TABLES, read_files, version_of
 
-SCORING_BATCH = 32  # queries scored at once: bounds memory
+
+class Pace(NamedTuple):
+    """How lists pass through a kind of device: what bounds memory, however many there are."""
+
+    candidates: int  # of a batch
+    under_way: int  # batches at once on each device: one is copied while another is computed
 
 
 class Model(NamedTuple):
@@ -66,15 +73,16 @@ def lane_scores(
     *,
     hidden: int,
 ) -> Scores:
-    """Logits [L, Q, n] of each of L lanes for Q lists; memory is bounded by SCORING_BATCH."""
+    """Logits [L, Q, n] of each of L lanes for Q lists; so many are worked on at once as a batch holds."""
     network, gates = Reranker(hidden=hidden), features.make_gates(mask)
 
     def one_query(query: Encoded) -> Any:
         one_lane = lambda params, fitted: network.apply(params, features.featurize(fitted, query), gates)
         return jax.vmap(one_lane)(params, statistics)
 
-    batch = min(SCORING_BATCH, encoded.where.shape[0])
-    scores = jax.lax.map(one_query, encoded, batch_size=batch)
+    batch = min(_queries_at_once(encoded.where.shape[1]), encoded.where.shape[0])
+    with jax.default_matmul_precision("highest"):  # else a GPU rounds what a CPU does not
+        scores = jax.lax.map(one_query, encoded, batch_size=batch)
     return Scores(*(jnp.moveaxis(part, 1, 0) for part in scores))
 
 
@@ -82,23 +90,93 @@ def score(model: Model, lists: Lists) -> Scored:
     """Scores lists whose embeddings have the length that the model was trained on.
 
     A kind of embedding that either side lacks counts as missing.  Raises InputError for another
-    length, or where a score comes out undefined.
+    length, or where a score comes out undefined.  The same lists give the same bits on the same kind
+    of device; elsewhere among others, or beside a longer one, a list's last bits may differ.
     """
-    if not len(lists.query_id):
-        return Scored(*(np.zeros(lists.where.shape) for _ in Scored._fields))
-    rank, conflict = logits(model, lists)
-    _check_finite(lists, rank, conflict)
-    return conclude(model.calibration, rank, conflict, model.final, lists.where)
+    scored = Scored(*(np.zeros(lists.where.shape) for _ in Scored._fields))
+
+    def keep(piece: slice, rank: np.ndarray, conflict: np.ndarray) -> None:
+        where = lists.where[piece]
+        _check_finite(lists.query_id[piece], where, rank, conflict)
+        found = conclude(model.calibration, rank, conflict, model.final, where)
+        for whole, part in zip(scored, found, strict=True):
+            whole[piece] = part
+
+    _stream(model, lists, keep)
+    return scored
 
 
 def logits(model: Model, lists: Lists) -> tuple[np.ndarray, np.ndarray]:
     """[L, Q, n] rank and conflict logits of each lane, before any calibration."""
-    encoded = encode(model, lists)
-    scores = lane_scores(
-        model.params, model.statistics, encoded, mask_of(model.config), hidden=model.config["hidden"]
-    )
-    rank, conflict = (np.asarray(part, np.float64) for part in scores)
-    return rank, conflict
+    found = np.zeros((2, len(model.final), *lists.where.shape))
+
+    def keep(piece: slice, rank: np.ndarray, conflict: np.ndarray) -> None:
+        found[:, :, piece] = rank, conflict
+
+    _stream(model, lists, keep)
+    return found[0], found[1]
+
+
+def _stream(model: Model, lists: Lists, keep: Callable[[slice, np.ndarray, np.ndarray], None]) -> None:
+    """Calls `keep` with each slice of the lists and its logits [L, q, n], as they come.
+
+    Every batch has one shape, which the longest list alone decides, so that no other number of
+    queries is compiled for.  Devices take batches in turn; few are under way, each in a thread.
+    """
+    length, devices = lists.where.shape[1], jax.local_devices()
+    width = _roomy(length)
+    size = _queries_at_once(width)
+    batches = list(enumerate(range(0, len(lists.where), size)))
+    copies = [jax.device_put((model.params, model.statistics), d) for d in devices[: len(batches)]]
+    mask, hidden = mask_of(model.config), model.config["hidden"]
+
+    def one(batch: tuple[int, int]) -> None:
+        number, start = batch
+        at, piece = number % len(devices), slice(start, start + size)
+        encoded = encode(model, Lists(**{name: part[piece] for name, part in lists._asdict().items()}))
+        there = jax.device_put(_filled_up(encoded, size, width), devices[at])
+        scores = lane_scores(*copies[at], there, mask, hidden=hidden)
+        shape = np.s_[:, : len(encoded.where), :length]
+        rank, conflict = (np.asarray(part)[shape].astype(np.float64) for part in scores)
+        keep(piece, rank, conflict)
+
+    with ThreadPoolExecutor(pace().under_way * len(devices)) as pool:
+        list(pool.map(one, batches))
+
+
+def pace() -> Pace:
+    """On a CPU a batch stays in the cache of its core; an accelerator wants large ones."""
+    if jax.default_backend() == "cpu":
+        return Pace(2**10, 1 + (os.cpu_count() or 1) // jax.local_device_count())
+    return Pace(2**15, 3)
+
+
+def _queries_at_once(length: int) -> int:
+    """Queries of a batch of lists of this length."""
+    return max(1, pace().candidates // max(1, length))
+
+
+def _roomy(length: int) -> int:
+    """The next of a few lengths, a multiple of 4 or an eighth apart, so that few are compiled for."""
+    step = max(4, 2 ** (length.bit_length() - 4))
+    return max(1, -(-length // step)) * step
+
+
+def _filled_up(encoded: Encoded, queries: int, length: int) -> Encoded:
+    """The lists with empty candidates and queries behind them, which change nobody's score."""
+
+    def fill(part: np.ndarray, *shape: int) -> np.ndarray:
+        if part.shape[: len(shape)] == shape:
+            return part
+        filled = np.zeros((*shape, *part.shape[len(shape) :]), part.dtype)
+        filled[tuple(slice(n) for n in part.shape[: len(shape)])] = part
+        return filled
+
+    by_query = {name: fill(getattr(encoded, name), queries) for name in ("domain", "wants", "text")}
+    by_candidate = {
+        name: fill(getattr(encoded, name), queries, length) for name in ("image", "attributes", "where")
+    }
+    return Encoded(**by_query, **by_candidate)
 
 
 def encode(model: Model, lists: Lists) -> Encoded:
@@ -124,11 +202,10 @@ def _fitted(embeddings: np.ndarray, length: int, field: str) -> np.ndarray:
     )
 
 
-def _check_finite(lists: Lists, *logits: np.ndarray) -> None:
-    broken = np.argwhere(~np.isfinite(np.stack(logits)).all(axis=(0, 1)) & lists.where)
+def _check_finite(query_id: np.ndarray, where: np.ndarray, *logits: np.ndarray) -> None:
+    broken = np.argwhere(~np.isfinite(np.stack(logits)).all(axis=(0, 1)) & where)
     if len(broken):
-        query = lists.query_id[broken[0][0]]
-        raise InputError(f"{len(broken)} candidates have no finite score, the first of query {query!r}")
+        raise InputError(f"candidates of query {query_id[broken[0][0]]!r} have no finite score")
 
 
 def save(model: Model, folder: str | pathlib.Path) -> None:

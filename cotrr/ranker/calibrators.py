@@ -11,6 +11,20 @@ def expit(logits: np.ndarray) -> np.ndarray:
     return 0.5 * (1.0 + np.tanh(0.5 * np.asarray(logits, np.float64)))
 
 
+# What these three do is over sooner, for a few candidates, than NumPy's own have begun.
+def clip(x: np.ndarray, low: float, high: float, out: np.ndarray | None = None) -> np.ndarray:
+    """`np.clip`."""
+    return np.minimum(np.maximum(x, low, out=out), high, out=out)
+
+
+def _mean(x: np.ndarray) -> np.ndarray:
+    return x.sum(axis=0) / len(x)
+
+
+def _std(x: np.ndarray) -> np.ndarray:
+    return np.sqrt(_mean(np.square(x - _mean(x))))
+
+
 class Platt(NamedTuple):
     """p = expit(slope · logit + offset); the slope is positive, so no order changes."""
 
@@ -70,7 +84,7 @@ class Intervals(NamedTuple):
         low, high = np.interp(label, self.knots, self.low), np.interp(label, self.knots, self.high)
         middle = (low + high) / 2  # where a negative margin would let the ends cross
         low, high = np.minimum(low - self.margin, middle), np.maximum(high + self.margin, middle)
-        return np.clip(low, 0, 1), np.clip(high, 0, 1)
+        return clip(low, 0, 1), clip(high, 0, 1)
 
 
 class Calibration(NamedTuple):
@@ -107,13 +121,14 @@ def conclude(
     fitted: Calibration, rank: np.ndarray, conflict: np.ndarray, final: np.ndarray, where: np.ndarray
 ) -> Scored:
     """What logits [L, ..., n] of L lanes say of candidates `where` [..., n]; `final` [L] are the members."""
-    logit = rank[final].mean(axis=0)
-    label = fitted.rank(logit)
+    logit = _mean(rank[final])
+    calibrated = fitted.rank(np.concatenate([logit[None], rank]))
+    label, each = calibrated[0], calibrated[1:]
     low, high = fitted.intervals(label)
-    std = fitted.rank(rank).std(axis=0) if len(rank) > 1 else np.full(logit.shape, np.nan)
-    shown = np.stack([label, std, np.minimum(low, label), np.maximum(high, label),
-                      fitted.conflict(conflict[final].mean(axis=0))])  # fmt: skip
-    return Scored(*np.where(where, np.clip(shown, 0.0, 1.0), 0.0), logit=np.where(where, logit, -np.inf))
+    std = _std(each) if len(each) > 1 else np.full(label.shape, np.nan)
+    shown = np.array([label, std, np.minimum(low, label), np.maximum(high, label),
+                      fitted.conflict(_mean(conflict[final]))])  # fmt: skip
+    return Scored(*np.where(where, clip(shown, 0.0, 1.0), 0.0), logit=np.where(where, logit, -np.inf))
 
 
 def pack(calibration: Calibration) -> dict[str, Any]:

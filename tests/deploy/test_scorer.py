@@ -2,7 +2,9 @@
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
+import jax
 import numpy as np
 import pytest
 
@@ -77,6 +79,37 @@ def test_what_is_masked_does_not_count(tmp_path, change):
 def test_a_single_lane_has_no_spread(tmp_path):
     model = single_lane(make_model())
     assert largest_difference(*both(model, tmp_path), LISTS) < LARGEST
+
+
+@pytest.mark.parametrize("hidden", [0, 4])
+@pytest.mark.parametrize("views", [[0, 0, 1, 1], [0, 1, 1, 1], [2, 2, 2, 2]])
+def test_lanes_may_share_statistics(tmp_path, views, hidden):
+    model = make_model(hidden)
+    shared = jax.tree.map(lambda part: part[np.array(views)], model.statistics)
+    pair = both(model._replace(statistics=shared), tmp_path)
+    assert largest_difference(*pair, holes(LISTS, 0.3)) < LARGEST
+
+
+def test_a_query_scores_alike_whatever_other_threads_ask(pair, tmp_path):
+    model, scorer = pair
+    lists = holes(LISTS, 0.3)
+    queries = [q for _ in range(20) for q in range(len(lists.where))]
+    alone = [scorer.logits(*of_list(lists, q)) for q in queries]
+    _, fresh = both(model, tmp_path)
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(lambda q: fresh.logits(*of_list(lists, q)), queries))
+    for ours, theirs in zip(together, alone, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_what_it_is_given_stays_as_it_was(pair):
+    _, scorer = pair
+    query, *arrays = of_list(holes(LISTS, 0.3), 3)
+    for order in ("C", "F"):
+        given = [np.array(array, np.float32, order=order) for array in arrays]
+        for array in given:
+            array.setflags(write=False)
+        np.testing.assert_array_equal(scorer.logits(query, *given), scorer.logits(query, *arrays))
 
 
 def test_one_candidate_and_none(pair):

@@ -5,6 +5,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
@@ -249,6 +250,15 @@ class TestFixedPoint:
         values = np.array(values)[:, None] * scale
         np.testing.assert_array_equal(from_digits(*bootstrap.fixed_point(values)), values)
 
+    def test_no_more_than_the_digits_is_held(self):
+        values = np.random.default_rng(0).random((200_000, 4))
+        tracemalloc.start()
+        digits, _ = bootstrap.fixed_point(values)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert digits.nbytes == 12 * values.size
+        assert peak < digits.nbytes + 10 * 8 * values[: bootstrap.BLOCK].size
+
     def test_columns_have_sizes_of_their_own(self):
         values = np.array([[1e-9, 1e9], [3e-9, -2e9]])
         np.testing.assert_allclose(from_digits(*bootstrap.fixed_point(values)), values, rtol=2.0**-32)
@@ -293,9 +303,10 @@ class TestSums:
         largest = np.abs(values).max(axis=0)
         assert (np.abs(found.T - expected) <= 2.0**-33 * units * largest).all()
 
-    def test_blocks_and_chunks_change_no_bit(self, chunked, monkeypatch):
-        values = values_of(100)
-        whole = Draw(2, 96, 100, "numpy")
+    @pytest.mark.parametrize("units", [15, 96, 100])  # less than a block; whole ones; some left over
+    def test_blocks_and_chunks_change_no_bit(self, units, chunked, monkeypatch):
+        values = values_of(units)
+        whole = Draw(2, 96, units, "numpy")
         in_blocks = bootstrap.weighted_sums(whole, values)
         by_jax = bootstrap.weighted_sums(whole._replace(backend="jax"), values)
         monkeypatch.setattr(bootstrap, "on_cpu", lambda: False)  # larger chunks
@@ -386,15 +397,16 @@ PEAK = """
 import resource, numpy as np
 from cotrr.evaluate import bootstrap
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-values = np.random.default_rng(0).random((30_000, 8))
+values = np.random.default_rng(0).random(({units}, {columns}))
 bootstrap.weighted_sums(bootstrap.Draw(0, 4, 3_000, "jax"), values[:3_000])  # what a compiler needs
 before = peak()
-bootstrap.weighted_sums(bootstrap.Draw(0, 1000, 30_000), values)
+bootstrap.weighted_sums(bootstrap.Draw(0, {resamples}, {units}), values)
 print(peak() - before)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux")
-def test_memory_stays_far_below_that_of_all_counts():
-    megabytes = int(run(PEAK)[0]) / 1024
-    assert megabytes < 30_000 * 1000 * 4 / 1e6 * 0.6  # measured: 42 of 120
+@pytest.mark.parametrize(("units", "columns", "resamples"), [(30_000, 8, 1000), (1_000_000, 1, 160)])
+def test_memory_stays_far_below_that_of_all_counts(units, columns, resamples):
+    megabytes = int(run(PEAK.format(units=units, columns=columns, resamples=resamples))[0]) / 1024
+    assert megabytes < units * resamples * 4 / 1e6 * 0.6  # measured: 33 of 120, 266 of 640

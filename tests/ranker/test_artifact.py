@@ -3,7 +3,12 @@
 import functools
 import json
 import operator
+import os
+import pathlib
 import re
+import subprocess
+import sys
+import threading
 
 import jax
 import numpy as np
@@ -17,6 +22,7 @@ from cotrr.ranker.calibrators import Calibration, Choice, Intervals, Platt, pack
 from cotrr.ranker.model import Reranker
 from tests.ranker.synthetic import assert_same_bits, development, padded, randomised, without
 
+NAMES = list(ATTRIBUTES)
 DATA = development()
 LISTS = DATA.lists
 MASK = encoding.make_mask(encoding.GROUPS)
@@ -300,6 +306,113 @@ def test_batches_and_padding_do_not_change_scores(model):
         np.testing.assert_allclose(getattr(more, name)[:, :8], part[np.arange(50) % 24], rtol=1e-5, atol=1e-6)
 
 
+@pytest.fixture
+def small_batches(monkeypatch):
+    """Batches of eight lists of eight candidates, two of them under way."""
+    monkeypatch.setattr(artifact, "pace", lambda: artifact.Pace(64, 2))
+
+
+@pytest.fixture
+def batches(monkeypatch):
+    """For every call of `lane_scores` the shape of its images, and how many such arrays there were."""
+    found, lane_scores, turn = [], artifact.lane_scores, threading.Lock()
+
+    def record(params, statistics, encoded, mask, *, hidden):
+        shape = encoded.image.shape
+        with turn:  # who counts keeps what is counted alive
+            found.append((shape, sum(array.shape == shape for array in jax.live_arrays())))
+        return lane_scores(params, statistics, encoded, mask, hidden=hidden)
+
+    monkeypatch.setattr(artifact, "lane_scores", record)
+    return found
+
+
+@pytest.mark.parametrize("queries", [1, 7, 8, 9, 24, 50])
+def test_a_stream_of_batches_scores_as_one_batch(model, queries, small_batches, batches):
+    lists = LISTS.take(np.arange(queries) % 24)
+    streamed = np.stack(artifact.logits(model, lists))
+    assert [shape for shape, _ in batches] == [(8, 8, 6)] * -(-queries // 8)
+    encoded = encoding.encode(lists, model.vocabulary)
+    at_once = np.stack(artifact.lane_scores(model.params, model.statistics, encoded, MASK, hidden=4))
+    assert streamed.shape == at_once.shape == (2, 4, queries, 8)
+    where = lists.where
+    np.testing.assert_allclose(streamed[..., where], at_once[..., where], rtol=1e-5, atol=1e-5)
+    assert_same_bits(np.stack(artifact.logits(model, lists)), streamed)
+
+
+def test_what_is_in_the_padding_changes_no_bit(model, small_batches):
+    score = lambda lists: artifact.score(model, lists.take(np.arange(20)))._asdict()
+    assert_same_bits(score(padded(LISTS, 3, 1e30)), score(padded(LISTS, 3)))
+
+
+def test_few_batches_are_on_the_device(model, small_batches, batches):
+    artifact.score(model, LISTS.take(np.arange(400) % 24))
+    assert len(batches) == 50
+    assert max(count for _, count in batches) <= 4  # two, each of which JAX may hold twice for a moment
+
+
+def test_other_numbers_and_lengths_of_lists_are_not_compiled_for(model, small_batches):
+    artifact.score(model, LISTS)
+    compiled = artifact.lane_scores._cache_size()
+    for queries in (1, 5, 23, 100):
+        lists = LISTS.take(np.arange(queries) % 24)
+        artifact.score(model, lists)
+        artifact.logits(model, lists._replace(**{name: getattr(lists, name)[:, :5] for name in BY_CANDIDATE}))
+    assert artifact.lane_scores._cache_size() == compiled
+    artifact.score(model, padded(LISTS, 9))
+    assert artifact.lane_scores._cache_size() == compiled + 1
+
+
+BY_CANDIDATE = ("image", "attributes", "y", "compliance", "conflict", "dual_score", "gold", "row", "where")
+
+
+def test_sizes_of_lists_are_few_and_close():
+    sizes = [artifact._roomy(n) for n in range(2000)]
+    assert sizes[:10] == [4, 4, 4, 4, 4, 8, 8, 8, 8, 12] and sizes[100] == 104
+    assert all(n <= size < n + max(4, 1 + n / 8) for n, size in enumerate(sizes) if n)
+    assert [artifact._roomy(size) for size in sizes] == sizes == sorted(sizes)
+    assert len(set(sizes)) < 70
+
+
+def test_a_query_without_a_finite_score_is_named(model, small_batches):
+    attributes = LISTS.attributes.copy()
+    attributes[[17, 21], 1, NAMES.index("clip_score")] = np.inf
+    with pytest.raises(InputError, match="candidates of query 'q17' have no finite score"):
+        artifact.score(model, LISTS._replace(attributes=attributes))
+    where = LISTS.where.copy()
+    where[[17, 21], 1] = False  # what is no candidate needs no score
+    scored = artifact.score(model, LISTS._replace(attributes=attributes, where=where))
+    assert scored.logit[17, 1] == -np.inf and np.isfinite(scored.logit[where]).all()
+
+
+ON_TWO_DEVICES = """
+import sys, jax, numpy as np
+from cotrr.ranker import artifact
+from tests.ranker import test_artifact
+used, lane_scores = set(), artifact.lane_scores
+
+def record(params, statistics, encoded, mask, *, hidden):
+    used.update(encoded.image.devices())
+    return lane_scores(params, statistics, encoded, mask, hidden=hidden)
+
+artifact.lane_scores, artifact.pace = record, lambda: artifact.Pace(64, 2)
+np.save(sys.argv[1], np.stack(artifact.logits(test_artifact.make_model(), test_artifact.LISTS)))
+assert used == set(jax.devices()) and len(used) == 2, used
+"""
+
+
+def test_devices_take_batches_in_turn(model, small_batches, tmp_path):
+    root = pathlib.Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", ON_TWO_DEVICES, tmp_path / "logits.npy"],
+        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
+        cwd=root, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found, alone = np.load(tmp_path / "logits.npy"), np.stack(artifact.logits(model, LISTS))
+    np.testing.assert_allclose(found[..., LISTS.where], alone[..., LISTS.where], rtol=1e-5, atol=1e-5)
+
+
 def test_embeddings_of_another_length_are_refused(model):
     for d in (5, 7):
         other = development(d=d).lists
@@ -335,7 +448,7 @@ def test_a_run_without_embeddings_is_scored_as_if_they_were_missing(model, kinds
 
 @pytest.mark.parametrize("names", [("conflict_prob",), ("clip_score", "brightness"), tuple(ATTRIBUTES)])
 def test_a_field_absent_in_training_and_present_later_changes_no_score(names):
-    columns = [list(ATTRIBUTES).index(name) for name in names]
+    columns = [NAMES.index(name) for name in names]
     absent = LISTS.attributes.copy()
     absent[..., columns] = np.nan
     lists = LISTS._replace(attributes=absent)
@@ -368,6 +481,7 @@ def test_a_single_lane_has_no_spread(model, tmp_path):
 def test_no_lists_and_empty_lists(model):
     nothing = artifact.score(model, LISTS.take(np.arange(0)))
     assert all(part.shape == (0, 8) for part in nothing)
+    assert all(part.shape == (4, 0, 8) for part in artifact.logits(model, LISTS.take(np.arange(0))))
     empty = artifact.score(model, LISTS._replace(where=np.zeros_like(LISTS.where)))
     assert (empty.score == 0).all() and (empty.high == 0).all() and (empty.logit == -np.inf).all()
 
