@@ -30,10 +30,10 @@ from cotrr.config import launch
 from cotrr.deploy import candidates as requests
 from cotrr.deploy.messages import ARRAYS, JSON
 from cotrr.deploy.registry import Draft, Registry
-from cotrr.deploy.store import LocalStore
 from cotrr.ranker import artifact, calibrators, model_files
 from cotrr.ranker.encoding import Vocabulary
 from cotrr.ranker.features import Statistics
+from cotrr.store import LocalStore
 from experiments.terminal import say
 
 FLAGS = flags.FLAGS

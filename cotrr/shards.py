@@ -20,7 +20,7 @@ import msgspec
 from cotrr.errors import InputError
 
 if TYPE_CHECKING:
-    from cotrr.deploy.store import Store
+    from cotrr.store import Store
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")

@@ -33,13 +33,13 @@ from cotrr.deploy import canary, policy, sketches
 from cotrr.deploy.canary import CanaryPolicy, Probe, Seen
 from cotrr.deploy.registry import Registry, State, Version
 from cotrr.deploy.scorer import Scorer, of_list
-from cotrr.deploy.store import open_store
 from cotrr.errors import InputError
 from cotrr.evaluate.ranking import per_query
 from cotrr.ranker import artifact
 from cotrr.ranker.artifact import Model
 from cotrr.ranker.calibrators import Scored
 from cotrr.ranker.model_files import Contents
+from cotrr.store import open_store
 from cotrr.summaries import SummaryWriter
 from experiments import loop
 from experiments.terminal import actor, done, reading_progress, say, tell_reading, warn

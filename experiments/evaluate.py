@@ -33,7 +33,6 @@ from cotrr.config import launch
 from cotrr.data import certificate, dataset, labels
 from cotrr.data.lists import Lists, clusters
 from cotrr.deploy.scorer import Scorer, of_list
-from cotrr.deploy.store import LocalStore
 from cotrr.errors import InputError
 from cotrr.evaluate import (
     acceptance,
@@ -50,6 +49,7 @@ from cotrr.evaluate.figures import Engine
 from cotrr.evaluate.ranking import System
 from cotrr.evaluate.scoring import Glance, Job, Kept, Part
 from cotrr.ranker import artifact, encoding, model_files
+from cotrr.store import LocalStore
 from cotrr.summaries import SummaryWriter
 from experiments import loop
 from experiments.terminal import done, say, warn

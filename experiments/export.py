@@ -33,12 +33,12 @@ from cotrr.deploy import jax_export, onnx_model
 from cotrr.deploy.onnx_model import Run, signature
 from cotrr.deploy.registry import Registry
 from cotrr.deploy.scorer import Query, Scorer
-from cotrr.deploy.store import open_store
 from cotrr.errors import InputError
 from cotrr.ranker import artifact, calibrators, model_files
 from cotrr.ranker.calibrators import Scored, conclude
 from cotrr.ranker.encoding import USUAL, encode_wants
 from cotrr.ranker.model_files import Contents
+from cotrr.store import open_store
 from experiments.terminal import done, say
 
 FLAGS = flags.FLAGS

@@ -23,10 +23,10 @@ from cotrr.deploy.governance import Data
 from cotrr.deploy.quotas import Quotas, check_run, read_sights
 from cotrr.deploy.registry import Registry
 from cotrr.deploy.rules import OF_REGISTRY, OF_REPORT, OF_RUN, RULES, Breach, unchecked
-from cotrr.deploy.store import open_store
 from cotrr.errors import InputError
 from cotrr.evaluate.report import plain
 from cotrr.ranker import artifact
+from cotrr.store import open_store
 from experiments.terminal import done, say, warn
 
 FLAGS = flags.FLAGS

@@ -43,10 +43,10 @@ from cotrr.data.rows import explain
 from cotrr.deploy import card, gate, mirror, policy, sketches, step4
 from cotrr.deploy.registry import ALIASES, Draft, Event, Registry, State
 from cotrr.deploy.scorer import Scorer, largest_difference
-from cotrr.deploy.store import open_store
 from cotrr.errors import InputError
 from cotrr.evaluate.report import figure_text
 from cotrr.ranker import artifact, model_files
+from cotrr.store import open_store
 from experiments import loop
 from experiments.terminal import actor, done, say, warn
 

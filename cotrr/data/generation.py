@@ -23,8 +23,8 @@ import pyarrow.parquet as pq
 from cotrr import files, shards
 from cotrr.data import dataset, parts, rows, runs, splits
 from cotrr.data.rows import Piece
-from cotrr.deploy.store import ASIDE, open_store
 from cotrr.errors import InputError
+from cotrr.store import ASIDE, open_store
 
 _KEYS = ("query_id", "canonical_id")
 _LEFT = ("parts", "records", ASIDE)  # what is of no use once the certificate is written

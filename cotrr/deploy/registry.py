@@ -19,9 +19,9 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 
 from cotrr import files
-from cotrr.deploy.store import NAME, Store
 from cotrr.errors import InputError
 from cotrr.ranker import model_files
+from cotrr.store import NAME, Store
 
 Kind = Literal["register", "import", "alias", "adopt", "judge", "promote", "rollback", "canary"]
 ALIASES = ("champion", "challenger", "shadow")

@@ -14,10 +14,10 @@ from cotrr.data.lists import Lists, to_lists
 from cotrr.data.rows import Piece
 from cotrr.deploy.reranker import arrange
 from cotrr.deploy.scorer import Query, Scorer
-from cotrr.deploy.store import open_store
 from cotrr.errors import InputError
 from cotrr.ranker import model_files
 from cotrr.ranker.calibrators import Scored
+from cotrr.store import open_store
 
 KEPT = ("query_id", "domain", "id", "canonical_id")
 

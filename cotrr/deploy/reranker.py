@@ -22,10 +22,10 @@ import numpy as np
 from cotrr.deploy import candidates as requests
 from cotrr.deploy.registry import ALIASES, Registry
 from cotrr.deploy.scorer import Query, Scorer
-from cotrr.deploy.store import open_store
 from cotrr.errors import InputError
 from cotrr.ranker import model_files
 from cotrr.ranker.calibrators import Scored
+from cotrr.store import open_store
 
 TOP_M = 20  # Step 4's default
 FALLBACKS = ("bad request", "deadline", "no champion", "unexpected")  # why an order is the original one

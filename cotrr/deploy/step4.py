@@ -23,8 +23,8 @@ from msgspec import Meta
 from cotrr import files
 from cotrr.data.rows import explain
 from cotrr.deploy.registry import Draft, Event, Registry, State, Version
-from cotrr.deploy.store import FsspecStore, LocalStore
 from cotrr.errors import InputError
+from cotrr.store import FsspecStore, LocalStore
 
 Name = Annotated[str, Meta(min_length=1, max_length=500)]
 Record = dict[str, Any]

@@ -4,6 +4,7 @@ Every mean or share is a ratio of two sums over queries; one pass of the bootstr
 all their intervals.
 """
 
+import hashlib
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -244,8 +245,8 @@ def _distinct_sums(draw: Draw, parts: tuple[np.ndarray, ...]) -> list[np.ndarray
     """Each part [U, R] as its resampled sums [R, B]; equal columns (masks, mostly) are summed once."""
     place: dict[bytes, int] = {}
     columns, index = [], []
-    for column in np.concatenate(parts, axis=1).T:
-        key = column.tobytes()
+    for column in (column for part in parts for column in part.T):
+        key = hashlib.sha256(np.ascontiguousarray(column).data).digest()
         if key not in place:
             place[key] = len(columns)
             columns.append(column)

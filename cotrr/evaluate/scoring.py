@@ -32,7 +32,7 @@ from cotrr.ranker import artifact
 from cotrr.ranker.artifact import Model, Scored
 
 if TYPE_CHECKING:
-    from cotrr.deploy.store import Store
+    from cotrr.store import Store
 
 FORMAT = 1  # of what is committed; it changes with anything that the figures of a part depend on
 IDS = ("query_id", "canonical_id")

@@ -7,9 +7,9 @@ import tempfile
 import numpy as np
 
 from cotrr.deploy.registry import GROUNDS, Draft, Registry
-from cotrr.deploy.store import LocalStore
 from cotrr.ranker import artifact
 from cotrr.ranker.model_files import read_files
+from cotrr.store import LocalStore
 from tests.ranker.test_artifact import make_model
 
 

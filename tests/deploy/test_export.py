@@ -15,10 +15,10 @@ from cotrr.data.contract import ATTRIBUTES
 from cotrr.deploy import jax_export, onnx_model
 from cotrr.deploy.registry import Registry
 from cotrr.deploy.scorer import Query, Scorer
-from cotrr.deploy.store import open_store
 from cotrr.errors import InputError
 from cotrr.ranker import artifact, calibrators, model_files
 from cotrr.ranker.calibrators import Beta, Intervals, Isotonic, Platt, Scored
+from cotrr.store import open_store
 from experiments import export
 from tests.deploy.small import single_lane
 from tests.ranker.test_artifact import CALIBRATION, LISTS, make_model

@@ -1,4 +1,4 @@
-"""Where a registry keeps its bytes: four functions on keys, and put-if-absent as the one way to write.
+"""Where a registry, and work done in parts, keep their bytes: four functions on keys, put-if-absent to write.
 
 A key is a path of strict names.  What is put stays as it is: nothing is overwritten, nothing is
 removed.  On a file system a file is written aside, flushed, and linked to its name, which fails where
