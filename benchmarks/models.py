@@ -19,6 +19,9 @@ CALIBRATION = Calibration(
     {head: Choice("platt", {"platt": 0.5}) for head in ("rank", "conflict")},
 )  # fmt: skip
 
+UNTRAINED: dict[str, Any] = {"certificate": "", "settings": {}, "labels": {}, "best_epoch": 0,
+                             "validation_loss": None}  # fmt: skip
+
 
 def random_lists(queries: int, candidates: int, dim: int = 512, seed: int = 0) -> Lists:
     """Lists of unit embeddings, uniform attributes of which a tenth is missing, and uniform labels."""
@@ -62,7 +65,7 @@ def random_model(dim: int = 512, members: int = 1, folds: int = 5, hidden: int =
     config: dict[str, Any] = {"groups": "clip,so,conflict", "without": "", "hidden": hidden}
     none = {name: np.zeros(0) for name in ("query_id", "canonical_id")}
     return artifact.Model("random", config, words, statistics, jax.tree.map(draw, shapes),
-                          view == folds, CALIBRATION, {"certificate": ""}, none)  # fmt: skip
+                          view == folds, CALIBRATION, UNTRAINED, none)  # fmt: skip
 
 
 def save(model: artifact.Model, folder: pathlib.Path) -> model_files.Contents:

@@ -39,7 +39,7 @@ def define_flags() -> None:
     flags.DEFINE_list(
         "jobs", ["generate", "evaluate", "rerank"], "What is measured; evaluate needs generate."
     )
-    flags.DEFINE_list("times", ["1", "10", "100"], "Sizes, as multiples of the smallest.")
+    flags.DEFINE_list("times", ["1", "10", "100"], "Two sizes or more, as multiples of the smallest.")
     flags.DEFINE_enum("runner", "local", sorted(shards.RUNNERS), "What works on the parts.")
     flags.DEFINE_float("part_mb", 4, "Megabytes of the run in a part.", lower_bound=0.001)
     flags.DEFINE_string("output", None, "JSON file for the figures.")
@@ -77,7 +77,9 @@ def line(job: str, sizes: list[dict[str, float]]) -> dict[str, float]:
         np.array([fact[name] for fact in sizes]) for name in ("rows", "seconds", "peak_mb", "mb")
     )
     slope, start = np.polyfit(rows, seconds, 1)
-    grows, away = 1e6 * np.polyfit(rows, peak, 1)[0], np.abs(seconds - (start + slope * rows)).max()
+    # Small runs do not fill the memory that a job may take, so growth is told from the two largest.
+    grows = 1e6 * (peak[-1] - peak[-2]) / (rows[-1] - rows[-2])
+    away = np.abs(seconds - (start + slope * rows)).max()
     hours, cores = slope * BILLION / 3600, shards.cores()
     say(
         f"{job}: {start:.1f} s and {1e6 * slope:.1f} µs a row, no size more than {away:.1f} s off that line; "
