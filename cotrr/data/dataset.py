@@ -169,14 +169,14 @@ def read_certificate(folder: str | pathlib.Path) -> dict[str, Any]:
         raise InputError(f"no certificate of cotrr: {error}", file=path) from None
 
 
-def parts(folder: str | pathlib.Path, split: str) -> list[str]:
+def files_of(folder: str | pathlib.Path, split: str) -> list[str]:
     """The names of a split's files, in order: one, or many where the dataset was made in parts."""
     return _of_split(split, read_certificate(folder)["files"]) or [f"{split}.parquet"]
 
 
 def read(folder: str | pathlib.Path, split: str) -> pa.Table:
     """One split; raises InputError where a file is missing or not the one that was certified."""
-    return pa.concat_tables([read_part(folder, name) for name in parts(folder, split)])
+    return pa.concat_tables([read_part(folder, name) for name in files_of(folder, split)])
 
 
 def read_part(folder: str | pathlib.Path, name: str) -> pa.Table:

@@ -79,7 +79,7 @@ class Kept(NamedTuple):
 def parts(data: str, split: str) -> list[Part]:
     """The parts of a split, in order."""
     certified = dataset.read_certificate(data)["files"]
-    return [Part(name, certified.get(name, "")) for name in dataset.parts(data, split)]
+    return [Part(name, certified.get(name, "")) for name in dataset.files_of(data, split)]
 
 
 def glance(data: str, models: Sequence[tuple[str, str]], part: Part) -> Glance:
