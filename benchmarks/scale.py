@@ -2,10 +2,12 @@ r"""Whether a run may grow: rows a second and memory of each job in parts at 1, 
 
     python -m benchmarks.scale --output=scale.json
 
-A simulated run is written over and over with other query ids, so nothing about its lines changes as it
-grows.  Each size is made into a dataset, that is evaluated, and the run is reranked, by launchers of their
-own; memory is the largest sum of what is resident in one and its workers.  The line through seconds and
-rows is fitted to all sizes; what it says of 10^9 rows is arithmetic, printed with what it leaves out.
+A simulated run is written over and over with other queries and pictures, so nothing about its lines
+changes as it grows.  Each size is made into a dataset, half of which is evaluated, and the run is
+reranked, by launchers of their own; memory is the largest sum of what is resident in one and its workers.
+The line through seconds and rows is fitted to all sizes; what it says of 10^9 rows is arithmetic, printed
+with what it leaves out.  Near duplicates are looked for where --near_duplicates says so: that alone grows
+with the square of the pictures.
 """
 
 import json
@@ -42,6 +44,7 @@ def define_flags() -> None:
     flags.DEFINE_list("times", ["1", "10", "100"], "Two sizes or more, as multiples of the smallest.")
     flags.DEFINE_enum("runner", "local", sorted(shards.RUNNERS), "What works on the parts.")
     flags.DEFINE_float("part_mb", 4, "Megabytes of the run in a part.", lower_bound=0.001)
+    flags.DEFINE_bool("near_duplicates", True, "Have generate look for them.")
     flags.DEFINE_string("output", None, "JSON file for the figures.")
 
 
@@ -94,7 +97,8 @@ def line(job: str, sizes: list[dict[str, float]]) -> dict[str, float]:
 
 def _generate(work: pathlib.Path, place: pathlib.Path) -> list[str]:
     return ["generate_training_data", f"--input={place / 'run'}", f"--output={place / 'data'}",
-            "--fractions=0,0,1", f"--part_mb={FLAGS.part_mb}"]  # fmt: skip
+            "--fractions=0.4,0.1,0.5", "--split_method=strict", f"--part_mb={FLAGS.part_mb}",
+            f"--near_duplicates={str(FLAGS.near_duplicates).lower()}"]  # fmt: skip
 
 
 def _evaluate(work: pathlib.Path, place: pathlib.Path) -> list[str]:
@@ -126,17 +130,29 @@ def measure(call: list[str]) -> dict[str, float]:
 
 
 def repeat(one: pathlib.Path, run: pathlib.Path, times: int) -> int:
-    """Writes a run that holds the lines of one so many times, with new query ids; returns its bytes."""
+    """Writes a run that holds the lines of one so many times, with new queries and pictures; its bytes."""
     run.mkdir(parents=True)
     manifest = json.loads((one / "manifest.json").read_text())
     items = manifest["items_by_stage"]["scored"]
-    manifest["items_by_stage"] = {"scored": [f"{copy}-{item}" for copy in range(times) for item in items]}
+    again = lambda item, copy: "/".join(f"{copy}-{part}" for part in item.split("/"))
+    manifest["items_by_stage"] = {"scored": [again(item, copy) for copy in range(times) for item in items]}
     (run / "manifest.json").write_text(json.dumps(manifest))
-    content = (one / "scored.jsonl").read_bytes()
+    lines = (one / "scored.jsonl").read_bytes().splitlines(keepends=True)
     with open(run / "scored.jsonl", "wb") as out:
         for copy in range(times):
-            out.write(content.replace(b'"query_id":"', b'"query_id":"%d-' % copy))
+            out.writelines(_anew(line, copy) for line in lines)
         return out.tell()
+
+
+def _anew(line: bytes, copy: int) -> bytes:
+    """A line of another query and picture, whose embedding is turned by as many numbers."""
+    for key in (b"query_id", b"canonical_id", b"id"):
+        line = line.replace(b'"%s":"' % key, b'"%s":"%d-' % (key, copy))
+    start = line.index(b"[", line.index(b'"image_embedding"')) + 1
+    stop = line.index(b"]", start)
+    numbers = line[start:stop].split(b",")
+    turn = copy % len(numbers)
+    return line[:start] + b",".join(numbers[turn:] + numbers[:turn]) + line[stop:]
 
 
 def resident(process: int) -> int:

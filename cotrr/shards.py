@@ -245,19 +245,24 @@ def once(store: "Store", name: str, key: str, work: Callable[[], tuple[dict[str,
     """
     place = f"records/{name}.json"
     with contextlib.suppress(KeyError):
-        record = msgspec.json.decode(store.get(place, LARGEST), type=Record)
-        if record.key != key:
-            raise InputError(f"{name} was made from other input or with other settings", remedy=_ELSEWHERE)
-        return record
+        return _recorded(store, place, key)
     made, result = work()
     for file, data in made.items():
         put_same(store, file, data)
     record = Record(key, {file: hashlib.sha256(data).hexdigest() for file, data in made.items()}, result)
-    put_same(store, place, msgspec.json.encode(record))
+    store.put(place, msgspec.json.encode(record))
+    return _recorded(store, place, key)  # another's, where that was quicker
+
+
+def _recorded(store: "Store", place: str, key: str) -> Record:
+    """A record; raises KeyError where there is none."""
+    record = msgspec.json.decode(store.get(place, LARGEST), type=Record)
+    if record.key != key:
+        raise InputError("made from other input or with other settings", file=place, remedy=_ELSEWHERE)
     return record
 
 
 def put_same(store: "Store", name: str, data: bytes) -> None:
     """Puts a file, unless it is there; raises InputError where it is there with other content."""
     if not store.put(name, data) and store.get(name, LARGEST) != data:
-        raise InputError(f"{name} is there already, with other content", remedy=_ELSEWHERE)
+        raise InputError("is there already, with other content", file=name, remedy=_ELSEWHERE)

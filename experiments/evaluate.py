@@ -6,18 +6,19 @@ r"""Evaluate models on the test split of a dataset, against CLIP-only and Step 4
 Give --model again to compare several: the report is about the first.  Writes report.json, report.md,
 report.html and TensorBoard logs.  Refuses rows that a model has learned from.
 
-A split of several files is scored file by file, by --workers processes or on a Ray cluster
+A split of several files is scored file by file, each a part, by --workers processes or on a Ray cluster
 (--runner=ray), and only what `cotrr.evaluate.scoring` keeps of each row stays in memory.  What is done
-is kept in the folder `parts` of --output until the report is written: killed and called again, it goes
-on where it was.
+is kept in the folder `.parts-of-evaluation` of --output until the report is written: killed and called
+again, it goes on where it was.
 """
 
+import contextlib
 import datetime
 import functools
 import os
 import pathlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 # Read when NumPy is imported: latency is measured as a serving process has it, one thread a product.
@@ -51,11 +52,11 @@ from cotrr.evaluate.scoring import Glance, Job, Kept, Part
 from cotrr.ranker import artifact, encoding, model_files
 from cotrr.store import LocalStore
 from cotrr.summaries import SummaryWriter
-from experiments import loop
-from experiments.terminal import done, say, warn
+from experiments import loop, options
+from experiments.terminal import done, progress, say, warn
 
 FLAGS = flags.FLAGS
-PARTS = "parts"  # the folder of what is done
+SCRATCH = ".parts-of-evaluation"  # the folder of what is done
 
 
 def define_flags() -> None:
@@ -73,11 +74,7 @@ def define_flags() -> None:
     flags.DEFINE_bool("quick", False, "1,000 resamples, no latency.")
     flags.DEFINE_bool("allow_overlap", False, "Evaluate even on rows that a model has learned "
                                               "from; the report says so loudly.")  # fmt: skip
-    flags.DEFINE_enum("runner", "local", sorted(shards.RUNNERS), "What works on the files of the split: "
-                      "processes of this machine, or the Ray cluster at RAY_ADDRESS (unset: one of this "
-                      "machine).")  # fmt: skip
-    flags.DEFINE_integer("workers", 0, "Files that are worked on at once; 0: one a core, or a single one "
-                                       "where there is an accelerator.", lower_bound=0)  # fmt: skip
+    options.define_workers("one a core, or a single one where there is an accelerator")
     flags.mark_flags_as_required(["model", "data", "output"])
 
 
@@ -92,10 +89,23 @@ class Contender(NamedTuple):
 
 def main() -> None:
     """Scores part by part, measures, writes the report."""
-    if (pathlib.Path(FLAGS.output) / "config.json").exists():  # its TensorBoard logs would be replaced
-        raise InputError("this is a training folder", file=FLAGS.output, remedy="Name another --output")
+    output = options.local_output(FLAGS.output)
+    if (output / "config.json").exists():  # its TensorBoard logs would be replaced
+        raise InputError("this is a training folder", file=output, remedy="Name another --output")
+    with contextlib.ExitStack() as held:
+        result, passport = _evaluate(held)
+    _tell(result)
+    source = passport["input"]["input"]
+    done({"report": output / "report.html", "as text": output / "report.md",
+          "as data": output / "report.json", "tensorboard": f"tensorboard --logdir={output / 'tensorboard'}"},
+         [f"python -m experiments.rerank --model={FLAGS.model[0]} --input={source} "
+          "--output=reranked.jsonl --top_m=0"] if pathlib.Path(source).exists() else [])  # fmt: skip
+
+
+def _evaluate(held: contextlib.ExitStack) -> tuple[dict, dict]:
+    """The report, which is written, and the data's certificate; what is held, is until that is done."""
     contents = {folder: model_files.parse(model_files.read_files(folder), folder) for folder in FLAGS.model}
-    passport, parts = dataset.read_certificate(FLAGS.data), scoring.parts(FLAGS.data, FLAGS.split)
+    passport, parts = dataset.read_certificate(FLAGS.data), scoring.split_parts(FLAGS.data, FLAGS.split)
     with shards.RUNNERS[FLAGS.runner](_workers(len(parts))) as runner:
         # Here JAX starts, and not before: Ray forks.
         models = {folder: artifact.assemble(found) for folder, found in contents.items()}
@@ -103,6 +113,8 @@ def main() -> None:
         notices = _notices(models, passport, job, glances)
         for notice in notices:
             warn(notice)
+        if job.store:
+            held.enter_context(_scratch())
         start = time.perf_counter()
         kept = scoring.score(job, parts, runner, _progress(job, parts, glances))
     lists, seconds = kept.lists, {"scoring": round(time.perf_counter() - start, 3)}
@@ -111,7 +123,7 @@ def main() -> None:
     contenders = _contenders(models, kept.scored)
     unit = clusters(kept.named, lists, job.cluster_by)
     engine = figures.engine(len(lists.query_id), FLAGS.seed, 1000 if FLAGS.quick else FLAGS.resamples, unit)
-    result = _measure(engine, kept, contenders, lambda: _latency(job, parts, lists), seconds)
+    result = _measure(engine, kept, contenders, lambda: _latency(job, parts), seconds)
     result |= {
         "notices": notices,
         "data": _data_facts(passport, lists, job.label),
@@ -123,14 +135,15 @@ def main() -> None:
     }  # fmt: skip
     result["acceptance"] = acceptance.table(result)
     _write(result, lists, contenders)
-    if job.store:
-        files.remove(FLAGS.output, [PARTS])
-    _tell(result)
-    output, source = pathlib.Path(FLAGS.output), passport["input"]["input"]
-    done({"report": output / "report.html", "as text": output / "report.md",
-          "as data": output / "report.json", "tensorboard": f"tensorboard --logdir={output / 'tensorboard'}"},
-         [f"python -m experiments.rerank --model={FLAGS.model[0]} --input={source} "
-          "--output=reranked.jsonl --top_m=0"] if pathlib.Path(source).exists() else [])  # fmt: skip
+    return result, passport
+
+
+@contextlib.contextmanager
+def _scratch() -> Iterator[None]:
+    """Holds the folder of what is done alone, and removes it when all went well."""
+    with files.locked(pathlib.Path(FLAGS.output) / SCRATCH / "lock"):
+        yield
+        files.remove(FLAGS.output, [SCRATCH])
 
 
 def _workers(parts: int) -> int:
@@ -147,7 +160,7 @@ def _look(
     data, named = absolute(FLAGS.data), tuple((absolute(path), m.version) for path, m in models.items())
     glances = list(runner(functools.partial(scoring.glance, data, named), parts))
     label = scoring.label_of(frozenset().union(*(glance.labels for glance in glances)))
-    store = LocalStore(pathlib.Path(FLAGS.output) / PARTS) if len(parts) > 1 else None
+    store = LocalStore(pathlib.Path(FLAGS.output) / SCRATCH) if len(parts) > 1 else None
     return Job(data, named, label, FLAGS.cluster_by or scoring.ALONE, store), glances
 
 
@@ -172,20 +185,9 @@ def _progress(job: Job, parts: list[Part], glances: list[Glance]) -> Callable[[P
     ready = scoring.committed(job, parts)
     if ready:
         say(f"{len(ready)} of {len(parts)} parts were scored before")
-    total = sum(rows[part] for part in parts if part not in ready)
-    say(f"scoring {total:,} rows")
-    start, shown, scored = time.monotonic(), 0.0, 0
-
-    def progress(part: Part) -> None:
-        nonlocal shown, scored
-        now = time.monotonic()
-        scored += 0 if part in ready else rows[part]
-        if part in ready or scored == total or now - shown < 1 or now - start < 2:
-            return
-        shown = now
-        say(f"  scored {scored:,} rows, {(now - start) * (total - scored) / scored:.0f} s left")
-
-    return progress
+    say(f"scoring {sum(rows[part] for part in parts if part not in ready):,} rows")
+    advance = progress(sum(rows.values()), "rows scored", sum(rows[part] for part in ready))
+    return lambda part: None if part in ready else advance(rows[part])
 
 
 def _contenders(models: dict[str, artifact.Model], scored: Sequence[artifact.Scored]) -> list[Contender]:
@@ -234,13 +236,12 @@ def _measure(
     return result
 
 
-def _latency(job: Job, parts: list[Part], lists: Lists) -> dict:
-    """Of the scorer that serves, on the first queries, which are read once more with their embeddings."""
+def _latency(job: Job, parts: list[Part]) -> dict:
+    """Of the scorer that serves, on the queries of the first part with labels, which is read once more."""
     folder, _ = job.models[0]
     scorer = Scorer(model_files.parse(model_files.read_files(folder), folder))
     sample = next(found for part in parts if len((found := scoring.read(job, part)[1]).query_id))
-    one = lambda q: scorer.score(*of_list(sample, q % len(sample.query_id)))
-    return systems.latency(one, lists, "NumPy")
+    return systems.latency(lambda q: scorer.score(*of_list(sample, q)), sample, "NumPy")
 
 
 def _command(engine: Engine) -> str:

@@ -21,6 +21,7 @@ from cotrr import files, shards
 from cotrr.config import launch
 from cotrr.data import certificate, dataset, generation, runs, splits
 from cotrr.errors import InputError
+from experiments import options
 from experiments.terminal import done, reading_progress, say, tell_reading, warn
 
 FLAGS = flags.FLAGS
@@ -39,30 +40,33 @@ def define_flags() -> None:
                       "connected ones together; auto takes components where all are small.")  # fmt: skip
     flags.DEFINE_enum("on_bad_line", "fail", ["fail", "quarantine"],
                       "What to do with a line that breaks the contract.")  # fmt: skip
-    flags.DEFINE_float("part_mb", None, "Megabytes of the run that are read at once, a worker's memory being "
-                                        "some ten times that; unset: all.", lower_bound=0.001)  # fmt: skip
-    flags.DEFINE_enum("runner", "local", sorted(shards.RUNNERS), "What works on the parts: processes of this "
-                      "machine, or the Ray cluster at RAY_ADDRESS (unset: one of this machine).")  # fmt: skip
-    flags.DEFINE_integer("workers", None, "Parts that are worked on at once; unset: one a core.",
-                         lower_bound=1)  # fmt: skip
+    flags.DEFINE_bool("near_duplicates", True,
+                      "Look for near duplicates: every picture of a split is compared with every one of the "
+                      "others, which takes the product of their numbers; without, the certificate says that "
+                      "nobody looked.")  # fmt: skip
+    options.define_part_mb(None)
+    options.define_workers()
     flags.mark_flags_as_required(["input", "output"])
 
 
 def main() -> None:
     """Reads, splits, writes, certifies."""
-    output = pathlib.Path(FLAGS.output)
+    output = options.local_output(FLAGS.output)
     as_lines = output.suffix == ".jsonl"
     if output.suffix == ".gz" or not output.name:
         raise InputError(f"--output={FLAGS.output}: expected a folder, or a file that ends in .jsonl")
+    if as_lines:
+        options.refuse_parts("lines are not written in parts", "Name a folder as --output")
+    elif not FLAGS.part_mb:
+        options.refuse_parts("the run is read at once", "Set --part_mb to read it in parts")
     fractions = splits.parse_fractions(FLAGS.fractions)
-    quarantine = output.with_name(output.name + ".quarantine.jsonl")
+    beside = output.with_name(output.name + ".quarantine.jsonl")
+    quarantine = beside if FLAGS.on_bad_line == "quarantine" else None
     run = runs.find_run(FLAGS.input)
-    runs.refuse_own_files(run, (output, quarantine))
+    runs.refuse_own_files(run, (output, *filter(None, [quarantine])))
     if as_lines == output.is_dir() and output.exists():
         raise InputError("a file or folder of the other kind is in the way", file=output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    if as_lines and FLAGS.part_mb:
-        raise InputError("--part_mb: lines are not written in parts", remedy="Name a folder as --output")
     say(f"reading {FLAGS.input}")
     make = _lines if as_lines else _in_parts if FLAGS.part_mb else _at_once
     result = make(run, output, fractions, quarantine)
@@ -74,19 +78,21 @@ def main() -> None:
 
 
 Fractions = tuple[float, ...]
+Quarantine = pathlib.Path | None  # the file for bad lines, where the first does not end the reading
 
 
-def _in_parts(run: runs.Run, output: pathlib.Path, fractions: Fractions, quarantine: pathlib.Path) -> dict:
+def _in_parts(run: runs.Run, output: pathlib.Path, fractions: Fractions, quarantine: Quarantine) -> dict:
     """The certificate of a dataset, of which a few parts were in memory."""
     job = generation.Job(
         output=str(output.absolute()),
         part_bytes=round(1e6 * FLAGS.part_mb),
-        quarantine=FLAGS.on_bad_line == "quarantine",
         fractions=fractions,
         compliance_weight=FLAGS.compliance_weight,
         split_salt=FLAGS.split_salt,
         split_method=FLAGS.split_method,
+        near_duplicates=FLAGS.near_duplicates,
     )
+    runs.refuse_own_files(run, [job.aside])
     run = runs.find_run(run.path.absolute())
     with shards.RUNNERS[FLAGS.runner](FLAGS.workers or shards.cores()) as runner:
         result = generation.generate(run, job, quarantine, runner, reading_progress(FLAGS.input))
@@ -94,28 +100,29 @@ def _in_parts(run: runs.Run, output: pathlib.Path, fractions: Fractions, quarant
     return result
 
 
-def _at_once(run: runs.Run, output: pathlib.Path, fractions: Fractions, quarantine: pathlib.Path) -> dict:
+def _at_once(run: runs.Run, output: pathlib.Path, fractions: Fractions, quarantine: Quarantine) -> dict:
     """The certificate of a dataset whose rows were all in memory."""
     table, settings, summary = _prepared(run, fractions, quarantine)
-    return dataset.write(table, output, settings, summary)
+    return dataset.write(table, output, settings, summary, near_duplicates=FLAGS.near_duplicates)
 
 
-def _lines(run: runs.Run, output: pathlib.Path, fractions: Fractions, quarantine: pathlib.Path) -> dict:
+def _lines(run: runs.Run, output: pathlib.Path, fractions: Fractions, quarantine: Quarantine) -> dict:
     """The certificate of the run's own lines with their labels."""
     table, settings, summary = _prepared(run, fractions, quarantine)
     counts = dataset.write_lines(run, table, output)
     parts = {name: [table.filter(pc.equal(table["split"], name))] for name in splits.SPLITS}
-    result = certificate.certify(parts, counts["dropped"], settings, summary)
+    result = certificate.certify(
+        parts, counts["dropped"], settings, summary, near_duplicates=FLAGS.near_duplicates
+    )
     files.write_json(output.with_name(output.name + ".certificate.json"), result)
     return result
 
 
 def _prepared(
-    run: runs.Run, fractions: Fractions, quarantine: pathlib.Path
+    run: runs.Run, fractions: Fractions, quarantine: Quarantine
 ) -> tuple[pa.Table, dict[str, Any], dict[str, Any]]:
     """The labelled rows of a run, and the settings and the summary for their certificate."""
-    aside = quarantine if FLAGS.on_bad_line == "quarantine" else None
-    reading = runs.read_run(FLAGS.input, quarantine=aside, progress=reading_progress(FLAGS.input))
+    reading = runs.read_run(FLAGS.input, quarantine=quarantine, progress=reading_progress(FLAGS.input))
     tell_reading(reading.summary)
     table, cost = dataset.prepare(
         reading.table, fractions, FLAGS.compliance_weight, FLAGS.split_salt, FLAGS.split_method

@@ -24,6 +24,7 @@ from cotrr.data.lists import to_lists
 from cotrr.deploy import rerank
 from cotrr.errors import InputError
 from cotrr.ranker import model_files
+from experiments import options
 from experiments.terminal import done, reading_progress, say, tell_reading, warn
 
 FLAGS = flags.FLAGS
@@ -39,12 +40,8 @@ def define_flags() -> None:
                          lower_bound=0)  # fmt: skip
     flags.DEFINE_enum("on_bad_line", "fail", ["fail", "quarantine"],
                       "What to do with a line that breaks the contract.")  # fmt: skip
-    flags.DEFINE_enum("runner", "local", sorted(shards.RUNNERS), "What works on the parts: processes of this "
-                      "machine, or the Ray cluster at RAY_ADDRESS (unset: one of this machine).")  # fmt: skip
-    flags.DEFINE_integer("workers", None, "Parts that are worked on at once; unset: one a core.",
-                         lower_bound=1)  # fmt: skip
-    flags.DEFINE_float("part_mb", 32, "Megabytes of the run in a part: a worker's memory is some ten times "
-                                      "that.", lower_bound=0.001)  # fmt: skip
+    options.define_part_mb(32)
+    options.define_workers()
     flags.mark_flags_as_required(["model", "input", "output"])
 
 
@@ -52,14 +49,17 @@ def main() -> None:
     """Reads, scores, writes."""
     output = pathlib.Path(FLAGS.output)
     quarantine = output.with_name(output.name + ".quarantine.jsonl") if output.name else output
-    if output.suffix == ".jsonl" and output.is_dir():
+    as_lines = output.suffix == ".jsonl"
+    if as_lines and options.local_output(FLAGS.output).is_dir():
         raise InputError(f"--output={FLAGS.output}: expected a file, not a folder")
     if not output.name:
         raise InputError(f"--output={FLAGS.output}: expected a file or a folder")
+    if as_lines:
+        options.refuse_parts("one file is not written in parts", "Name a folder as --output")
     version = model_files.parse(model_files.read_files(FLAGS.model), FLAGS.model).facts["version"]
     runs.refuse_own_files(runs.find_run(FLAGS.input), (output, quarantine))
     say(f"reading {FLAGS.input}")
-    queries, behind = _at_once(output, quarantine) if output.suffix == ".jsonl" else _in_parts(version)
+    queries, behind = _at_once(output, quarantine) if as_lines else _in_parts(version)
     if behind:
         warn(f"in {behind} of {queries} queries the highest rerank_score stands behind line "
              f"{FLAGS.top_m} and stays there: --top_m=0 reranks whole lists, as evaluate does")  # fmt: skip

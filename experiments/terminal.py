@@ -51,21 +51,25 @@ def tell_reading(summary: dict[str, Any]) -> None:
         say(f"missing everywhere: {', '.join(summary['absent_fields'])}")
 
 
-def reading_progress(path: str | pathlib.Path) -> Callable[[int], None]:
-    """A callback for `read_run` that shows the share of the bytes read and the time left."""
-    sizes = [shard.stat().st_size for shard in runs.find_run(path).shards]
-    plain = all(shard.suffix != ".gz" for shard in runs.find_run(path).shards)
-    total, start, read, shown = sum(sizes), time.monotonic(), 0, 0.0
+def progress(total: float, unit: str, done_before: float = 0) -> Callable[[float], None]:
+    """A callback for what was done now: once a second at most, tells how much is done and the time left."""
+    start, done, shown = time.monotonic(), done_before, 0.0
 
-    def progress(count: int) -> None:
-        nonlocal read, shown
-        read += count
+    def advance(count: float) -> None:
+        nonlocal done, shown
+        done += count
         now = time.monotonic()
-        if now - shown < 1 or now - start < 2:
+        if not done_before < done < total or now - shown < 1 or now - start < 2:
             return
         shown = now
-        share = min(read / total, 1) if plain and total else 0
-        left = f", {(now - start) * (1 - share) / share:.0f} s left" if share else ""
-        say(f"  read {read / 1e6:,.0f} MB{left}")
+        left = (now - start) * (total - done) / (done - done_before)
+        say(f"  {done:,.0f} of {total:,.0f} {unit}, {left:.0f} s left")
 
-    return progress
+    return advance
+
+
+def reading_progress(path: str | pathlib.Path) -> Callable[[int], None]:
+    """A callback for `read_run`, which tells it the bytes that it has read of the files as they are."""
+    total = sum(shard.stat().st_size for shard in runs.find_run(path).shards)
+    advance = progress(total / 1e6, "MB read")
+    return lambda count: advance(count / 1e6)

@@ -16,9 +16,9 @@ from cotrr import shards
 from cotrr.data import runs
 from cotrr.data.lists import to_lists
 from cotrr.deploy import rerank
-from cotrr.deploy.store import LocalStore
 from cotrr.errors import InputError
 from cotrr.ranker import artifact
+from cotrr.store import LocalStore
 from tests.conftest import scored_line
 from tests.ranker.test_artifact import make_model
 
@@ -165,11 +165,11 @@ def test_again_changes_nothing_and_other_settings_are_refused(model, long_run, t
     before = content(tmp_path / "out")
     rerank_run(long_run, job)
     assert content(tmp_path / "out") == before
-    with pytest.raises(InputError, match="job.json is there already"):
+    with pytest.raises(InputError, match="job.json: is there already"):
         rerank_run(long_run, job._replace(top_m=3))
     text = (long_run / "scored.jsonl").read_text()
     (long_run / "scored.jsonl").write_text(text.replace('"subject_ratio": 0.3', '"subject_ratio": 0.4'))
-    with pytest.raises(InputError, match="part-000000 was made from other input"):
+    with pytest.raises(InputError, match="part-000000.json: made from other input"):
         rerank_run(long_run, job)
 
 

@@ -2,8 +2,10 @@
 
 import collections
 import contextlib
+import hashlib
 import heapq
 import itertools
+import pathlib
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, BinaryIO, NamedTuple
@@ -21,6 +23,7 @@ from cotrr.data.splits import SPLITS
 
 KEYS = ("canonical_id", "query_id")  # that no two splits may share
 NEAR_DUPLICATE = 0.98  # cosine between image embeddings of different pictures
+UNASKED = "not looked for: --nonear_duplicates"
 UNSEEN = "not looked for: no picture has an embedding"
 DETERMINED = 0.999  # share of y's variance that one feature may not explain
 BLOCK = 1024  # pictures of either split that are compared at once: bounds memory
@@ -29,16 +32,24 @@ _COLUMNS = (*_WORDS, *ATTRIBUTES, "y")
 
 
 def certify(
-    splits: Mapping[str, Iterable[pa.Table]], dropped: int, settings: dict[str, Any], summary: dict[str, Any]
+    splits: Mapping[str, Iterable[pa.Table]],
+    dropped: int,
+    settings: dict[str, Any],
+    summary: dict[str, Any],
+    *,
+    near_duplicates: bool = True,
+    folder: str | pathlib.Path | None = None,
 ) -> dict[str, Any]:
     """The certificate of a dataset given as the tables of each split; `dropped` rows went to no split.
 
-    Tables are read one after another, and of a row some 150 bytes stay in memory, without its embeddings.
+    Tables are read one after another: of a row some 150 bytes stay in memory, of each picture its ids and,
+    in a file without a name in `folder`, its embedding.
     """
     with contextlib.ExitStack() as stack:
-        aside = lambda: Pictures(stack.enter_context(tempfile.TemporaryFile()))
+        aside = lambda: Pictures(stack.enter_context(tempfile.TemporaryFile(dir=folder)), near_duplicates)
         read = {name: _read(tables, aside()) for name, tables in splits.items()}
-        near = near_duplicates({name: split.pictures for name, split in read.items() if len(split.table)})
+        pictures = {name: split.pictures for name, split in read.items() if len(split.table)}
+        near = compare(pictures) if near_duplicates else {"pairs": None, "why": UNASKED, "examples": []}
     everything = pa.concat_tables(split.table for split in read.values()).unify_dictionaries()
     rows = max(len(everything), 1)
     missing = lambda name: sum(split.missing[name] for split in read.values()) / rows
@@ -71,14 +82,22 @@ class _Split(NamedTuple):
 
 
 def _read(tables: Iterable[pa.Table], pictures: "Pictures") -> _Split:
-    kept, missing = [], collections.Counter()
+    kept: list[pa.Table] = []
+    missing: collections.Counter[str] = collections.Counter()
     for table in tables:
         missing.update({name: table[name].null_count for name in (*EMBEDDINGS, "constraints")})
         pictures.add(table)
         columns = {name: table[name].dictionary_encode() if name in _WORDS else table[name]
                    for name in _COLUMNS}  # fmt: skip
-        kept.append(pa.table(columns))
+        _append(kept, pa.table(columns))
     return _Split(pa.concat_tables(kept).unify_dictionaries(), missing, pictures)
+
+
+def _append(kept: list[pa.Table], table: pa.Table) -> None:
+    """Puts a table behind others, which grow together: many small ones would take more than their rows."""
+    kept.append(table)
+    while len(kept) > 1 and len(kept[-1]) >= len(kept[-2]):
+        kept[-2:] = [pa.concat_tables(kept[-2:]).unify_dictionaries().combine_chunks()]
 
 
 def leaks(certificate: dict[str, Any]) -> list[str]:
@@ -149,19 +168,22 @@ def _label_shares(table: pa.Table) -> dict[str, float]:
 class Pictures:
     """Unit embeddings of distinct (canonical_id, id), in a file: they may be more than memory holds."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: BinaryIO, wanted: bool = True) -> None:
         self.ids: list[str] = []  # canonical
-        self._seen: set[tuple[str, str]] = set()
-        self._file, self._dim = file, 0
+        self._seen: set[int] = set()  # hashes
+        self._file, self._wanted, self._dim = file, wanted, 0
 
     def add(self, table: pa.Table) -> None:
-        """Takes those pictures of a table that have an embedding and were not there before."""
+        """Takes those pictures of a table that have an embedding and were not there before, if wanted."""
+        if not self._wanted:
+            return
         there = np.flatnonzero(table["image_embedding"].is_valid().to_numpy())
         keys = zip(*(table[name].take(there).to_pylist() for name in ("canonical_id", "id")), strict=True)
         new = []
         for row, key in zip(there, keys, strict=True):
-            if key not in self._seen:
-                self._seen.add(key)
+            known = int.from_bytes(hashlib.blake2b("\0".join(key).encode(), digest_size=8).digest())
+            if known not in self._seen:
+                self._seen.add(known)
                 self.ids.append(key[0])
                 new.append(row)
         if new:
@@ -178,7 +200,7 @@ class Pictures:
             yield start, found.reshape(count, self._dim)
 
 
-def near_duplicates(splits: dict[str, Pictures], examples: int = 5) -> dict[str, Any]:
+def compare(splits: dict[str, Pictures], examples: int = 5) -> dict[str, Any]:
     """Pairs of different pictures in different splits whose image embeddings nearly coincide.
 
     `pairs` is None, with a reason, where no picture of a split has an embedding.  Every picture of a

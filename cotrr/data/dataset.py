@@ -47,7 +47,12 @@ def with_labels(table: pa.Table, split: np.ndarray, compliance_weight: float) ->
 
 
 def write(
-    table: pa.Table, folder: pathlib.Path, settings: dict[str, Any], summary: dict[str, Any]
+    table: pa.Table,
+    folder: pathlib.Path,
+    settings: dict[str, Any],
+    summary: dict[str, Any],
+    *,
+    near_duplicates: bool = True,
 ) -> dict[str, Any]:
     """Writes `train|validation|test.parquet` and their certificate, measured on what was written."""
     for name in splits.SPLITS:
@@ -55,7 +60,12 @@ def write(
         with files.replacing(folder / f"{name}.parquet") as temporary:
             save(group_by_query(table.take(chosen)), temporary)
     written = {f"{name}.parquet": files.sha256(folder / f"{name}.parquet") for name in splits.SPLITS}
-    return certify(folder, written, table["split"].null_count, settings, summary)
+    dropped = table["split"].null_count
+    made = certify(folder, written, dropped, settings, summary, near_duplicates=near_duplicates)
+    there = [path.name for path in folder.iterdir()]
+    stale = {name for split in splits.SPLITS for name in _of_split(split, there)} - {*written}
+    files.remove(folder, stale)  # of a dataset in parts that was there
+    return made
 
 
 def certify(
@@ -64,13 +74,17 @@ def certify(
     dropped: int,
     settings: dict[str, Any],
     summary: dict[str, Any],
+    *,
+    near_duplicates: bool = True,
 ) -> dict[str, Any]:
     """Writes and returns the certificate of the files in a folder, whose SHA-256 is told by name."""
     tables = {
         split: itertools.chain.from_iterable(_stream(folder / name) for name in _of_split(split, written))
         for split in splits.SPLITS
     }
-    result = certificate.certify(tables, dropped, settings, summary) | {"files": written}
+    result = certificate.certify(
+        tables, dropped, settings, summary, near_duplicates=near_duplicates, folder=folder
+    ) | {"files": written}
     files.write_json(folder / CERTIFICATE, result)
     return result
 

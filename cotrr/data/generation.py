@@ -2,10 +2,14 @@
 
 Each part of the run is read once and kept as Parquet; with the ids of all of them the split is made;
 then each part is written again, split by split.  Both are pure functions of a part, committed by
-put-if-absent, so processes or machines share them, and a job that was killed goes on where it was.
-Behind the reading, memory holds some 150 bytes of a row, and the ids of distinct queries and pictures.
+put-if-absent in a folder beside the output, so processes or machines share them, and a job that was
+killed goes on where it was.  The dataset appears whole, by the folder's being renamed.
+
+Behind the reading, memory holds some 150 bytes of a row, the ids of distinct queries and pictures, and
+the items in the run's manifest.
 """
 
+import contextlib
 import functools
 import hashlib
 import io
@@ -21,13 +25,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cotrr import files, shards
-from cotrr.data import dataset, parts, rows, runs, splits
+from cotrr.data import certificate, dataset, parts, rows, runs, splits
 from cotrr.data.rows import Piece
 from cotrr.errors import InputError
 from cotrr.store import ASIDE, open_store
 
-_KEYS = ("query_id", "canonical_id")
-_LEFT = ("parts", "records", ASIDE)  # what is of no use once the certificate is written
+# In the folder where parts are committed: the dataset that becomes the output, parts as they were read.
+MADE, READ, LOCK = "dataset", "read", ".lock"
+_KEYS = ["query_id", "canonical_id"]
 
 
 class Job(NamedTuple):
@@ -35,16 +40,22 @@ class Job(NamedTuple):
 
     output: str  # folder that every worker sees
     part_bytes: int  # of the run
-    quarantine: bool  # bad lines are put aside; else the first ends the job
     fractions: tuple[float, ...]
     compliance_weight: float
     split_salt: str
     split_method: str
+    near_duplicates: bool = True  # are looked for
 
     @property
     def settings(self) -> dict[str, Any]:
         """What the certificate tells of them."""
-        return {k: v for k, v in self._asdict().items() if k not in ("output", "part_bytes", "quarantine")}
+        own = ("output", "part_bytes", "near_duplicates")
+        return {k: v for k, v in self._asdict().items() if k not in own}
+
+    @property
+    def aside(self) -> pathlib.Path:
+        """Where parts are committed, until the dataset is whole."""
+        return pathlib.Path(f"{self.output}.parts")
 
 
 class Reread(NamedTuple):
@@ -58,29 +69,57 @@ class Reread(NamedTuple):
 
 
 def generate(
-    run: runs.Run, job: Job, quarantine: pathlib.Path, runner: shards.Runner, progress: Callable[[int], None]
+    run: runs.Run,
+    job: Job,
+    quarantine: pathlib.Path | None,
+    runner: shards.Runner,
+    progress: Callable[[int], None],
 ) -> dict[str, Any]:
-    """Writes the dataset and its certificate, which it returns; bad lines go to `quarantine`, if anywhere.
+    """Writes the dataset and its certificate, which it returns; `progress` gets the bytes of each part read.
 
-    Raises InputError where a query's lines are not together, where the folder holds another dataset, and
-    for what `read_run` raises it.
+    Raises InputError for a bad line, unless they go to `quarantine`; where a query's lines are not together
+    or the output is something else; and for what `read_run` raises it.
     """
-    hashes, folder = dataset.hash_files(run), pathlib.Path(job.output)
-    if made := _made(folder, job, hashes):
-        return made
-    plan = parts.plan(run, job.part_bytes)
-    read, records = functools.partial(read_part, job, parts.dim(run)), []
-    for part, record in zip(plan, runner(read, enumerate(plan)), strict=True):
+    hashes = dataset.hash_files(run)
+    with files.locked(job.aside / LOCK):
+        made = _made(job, hashes, quarantine)
+        if not made:
+            made = _generate(run, job, quarantine, runner, progress, hashes)
+            ready = job.aside / MADE
+            files.flush(ready / dataset.CERTIFICATE, ready)
+            ready.rename(job.output)
+            files.flush(job.aside.parent)
+        files.remove(job.aside, (MADE, READ, "records", ASIDE, LOCK))
+        with contextlib.suppress(OSError):  # of another's files in it
+            job.aside.rmdir()
+    return made
+
+
+def _generate(
+    run: runs.Run,
+    job: Job,
+    quarantine: pathlib.Path | None,
+    runner: shards.Runner,
+    progress: Callable[[int], None],
+    hashes: dict[str, str],
+) -> dict[str, Any]:
+    plan, dim = parts.plan(run, job.part_bytes), parts.dim(run)
+    records = []
+    for part, record in zip(
+        plan, runner(functools.partial(read_part, job, dim), enumerate(plan)), strict=True
+    ):
         progress(part.stop - part.start)
+        if not quarantine:
+            parts.refuse_bad(part, dim, record.result)
         records.append(record)
     found = [record.result for record in records]
     queries = parts.check(run, plan, found)
     split, cost = _split(job, len(plan))
     dim = next((part["dim"] for part in found if part["dim"]), None)
     todo = _reread(plan, records, split, dim)
-    written = {name: sha256 for record in runner(functools.partial(write_part, job), todo)
+    written = {pathlib.Path(name).name: sha256 for record in runner(functools.partial(write_part, job), todo)
                for name, sha256 in record.files.items()}  # fmt: skip
-    bad = _gather_quarantine(folder, records, quarantine)
+    bad = _gather_quarantine(job, records, quarantine) if quarantine else 0
     unknown = sum((Counter(part["unknown_fields"]) for part in found), Counter())
     summary = runs.summarise(
         run,
@@ -93,61 +132,71 @@ def generate(
         quarantine=str(quarantine) if bad else None,
     )
     dropped = int((split == splits.DROPPED).sum())
-    settings = job.settings | {"split": cost}
-    made = dataset.certify(folder, written, dropped, settings, summary | {"hashes": hashes})
-    files.remove(folder, _LEFT)
-    return made
+    return dataset.certify(
+        job.aside / MADE,
+        written,
+        dropped,
+        job.settings | {"split": cost},
+        summary | {"hashes": hashes},
+        near_duplicates=job.near_duplicates,
+    )
 
 
-def _made(folder: pathlib.Path, job: Job, hashes: dict[str, str]) -> dict[str, Any] | None:
-    """The certificate of this very dataset; None where there is none yet."""
-    if not (folder / dataset.CERTIFICATE).exists():
+def _made(job: Job, hashes: dict[str, str], quarantine: pathlib.Path | None) -> dict[str, Any] | None:
+    """The certificate of this very dataset; None where nothing is there yet."""
+    folder = pathlib.Path(job.output)
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return None
     made = dataset.read_certificate(folder)
     settings = {k: v for k, v in made["settings"].items() if k != "split"}
-    if settings != files.finite(job.settings) or made["input"].get("hashes") != hashes:
+    same = settings == files.finite(job.settings) and made["input"].get("hashes") == hashes
+    looked = job.near_duplicates == (made["near_duplicates"].get("why") != certificate.UNASKED)
+    if not (same and looked and (quarantine or not made["input"]["quarantined"])):
         raise InputError("the dataset there has other input or other settings", file=folder,
                          remedy="Name another --output, or remove it")  # fmt: skip
-    files.remove(folder, _LEFT)
+    for split in splits.SPLITS:
+        for name in dataset.files_of(folder, split):
+            if not (folder / name).is_file():
+                raise InputError("this file of the dataset is missing", file=folder / name,
+                                 remedy="Remove the folder, and call this again")  # fmt: skip
     return made
 
 
 def read_part(job: Job, dim: int | None, part: tuple[int, Piece]) -> shards.Record:
-    """Reads the lines of one part and commits them as Parquet; a pure function of both."""
+    """Reads the lines of one part and commits the good ones as Parquet; a pure function of part and dim."""
     number, piece = part
-    key = files.digest([job.quarantine, dim, parts.digest(piece)])
 
     def work() -> tuple[dict[str, bytes], parts.Facts]:
-        ledger = parts.read(piece, dim, quarantine=job.quarantine, keep_lines=False)
+        ledger = parts.read(piece, dim, quarantine=True, keep_lines=False)
         table = ledger.table()
         name = _part(number)
         return {name: _parquet(table)} | parts.quarantined(ledger, name), parts.facts(ledger, table)
 
-    return shards.once(open_store(job.output), f"read-{number:06d}", key, work)
+    return shards.once(open_store(str(job.aside)), f"read-{number:06d}", parts.key(piece, dim), work)
 
 
 def write_part(job: Job, part: Reread) -> shards.Record:
     """Commits the rows of one part, with their labels, by split; a pure function of both."""
-    key = files.digest([job.settings, part._asdict() | {"split": hashlib.sha256(part.split).hexdigest()}])
+    known = part._asdict() | {"split": hashlib.sha256(part.split).hexdigest()}
+    key = files.digest([parts.FORMAT, job.settings, known])
 
     def work() -> tuple[dict[str, bytes], None]:
-        table = dataset.load(pathlib.Path(job.output) / _part(part.number))
+        table = dataset.load(job.aside / _part(part.number))
         split = np.frombuffer(part.split, np.int8)
         labelled = dataset.with_labels(_completed(table, part), split, job.compliance_weight)
         made = {}
         for index, name in enumerate(splits.SPLITS):
             # Every split has a file, if an empty one, and it is the first part's.
             if (split == index).any() or part.number == 0:
-                made[f"{name}-{part.number:06d}.parquet"] = _parquet(
-                    labelled.filter(pa.array(split == index))
-                )
+                chosen = dataset.group_by_query(labelled.filter(pa.array(split == index)))
+                made[f"{MADE}/{name}-{part.number:06d}.parquet"] = _parquet(chosen)
         return made, None
 
-    return shards.once(open_store(job.output), f"write-{part.number:06d}", key, work)
+    return shards.once(open_store(str(job.aside)), f"write-{part.number:06d}", key, work)
 
 
 def _part(number: int) -> str:
-    return f"parts/{number:06d}.parquet"
+    return f"{READ}/{number:06d}.parquet"
 
 
 def _parquet(table: pa.Table) -> bytes:
@@ -168,8 +217,8 @@ def _completed(table: pa.Table, part: Reread) -> pa.Table:
 
 def _split(job: Job, count: int) -> tuple[np.ndarray, dict[str, Any]]:
     """[N] the split of each row of all parts, and what the choice cost."""
-    read = lambda number: pq.read_table(pathlib.Path(job.output) / _part(number), columns=list(_KEYS),
-                                        read_dictionary=list(_KEYS), memory_map=True)  # fmt: skip
+    read = lambda number: pq.read_table(job.aside / _part(number), columns=_KEYS, read_dictionary=_KEYS,
+                                        memory_map=True)  # fmt: skip
     ids = pa.concat_tables(map(read, range(count)))
     split, cost = splits.split_rows(
         ids["query_id"], ids["canonical_id"], job.fractions, job.split_salt, job.split_method
@@ -189,13 +238,13 @@ def _reread(
         row, lines[piece.file] = stop, lines[piece.file] + facts["lines"]
 
 
-def _gather_quarantine(folder: pathlib.Path, records: list[shards.Record], place: pathlib.Path) -> int:
+def _gather_quarantine(job: Job, records: list[shards.Record], place: pathlib.Path) -> int:
     """Puts the parts' bad lines one after another; how many there are."""
-    bad = sum(record.result["quarantined"] for record in records)
     place.unlink(missing_ok=True)  # what an earlier reading put there is not this one's
+    bad = sum(record.result["quarantined"] for record in records)
     if bad:
         with files.replacing(place) as temporary, open(temporary, "wb") as out:
             for name in itertools.chain.from_iterable(record.files for record in records):
                 if name.endswith(parts.QUARANTINE):
-                    out.write((folder / name).read_bytes())
+                    out.write((job.aside / name).read_bytes())
     return bad

@@ -2,7 +2,7 @@
 
 import base64
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,9 @@ from cotrr.data.runs import Ledger, Run, pieces, quarantine_lines, stated
 from cotrr.errors import InputError
 
 QUARANTINE = ".quarantine.jsonl"
+BEGINNING = 2**20  # bytes of a run
+FORMAT = 1  # of what is committed; it changes with anything that a part's results depend on
+FORMS = ("query_id/id", "id")  # in which a manifest names its items
 Facts = dict[str, Any]  # what is known of a part that was read, in plain JSON types
 
 
@@ -24,18 +27,23 @@ def plan(run: Run, size: int) -> list[Piece]:
 
 
 def dim(run: Run) -> int | None:
-    """The length of the embeddings, where the run's manifest tells it."""
-    return run.manifest.embedding_dim if run.manifest else None
+    """The length of the run's embeddings, which its manifest tells, or its first lines; else None."""
+    if run.manifest:
+        return run.manifest.embedding_dim
+    first = run.shards[0]
+    if first.suffix == ".gz":
+        return None
+    return rows.read_block(Piece(str(first), 0, min(BEGINNING, first.stat().st_size)), None, False).dim
 
 
-def digest(part: Piece) -> str:
-    """SHA-256 of the bytes of a part."""
+def key(part: Piece, *settings: Any) -> str:
+    """What tells all that the results of a part depend on."""
     found = hashlib.sha256()
     with files.reading(part.file) as stream:
         stream.seek(part.start)
         for at in range(part.start, part.stop, 2**20):
             found.update(stream.read(min(2**20, part.stop - at)))
-    return found.hexdigest()
+    return files.digest([FORMAT, *settings, found.hexdigest()])
 
 
 def read(part: Piece, dim: int | None, *, quarantine: bool, keep_lines: bool) -> Ledger:
@@ -56,13 +64,20 @@ def read(part: Piece, dim: int | None, *, quarantine: bool, keep_lines: bool) ->
     return ledger
 
 
+def refuse_bad(part: Piece, dim: int | None, facts: Facts) -> None:
+    """Raises the InputError of the first bad line of a part that has one."""
+    if facts["quarantined"]:
+        read(part, dim, quarantine=False, keep_lines=False)
+
+
 def quarantined(ledger: Ledger, name: str) -> dict[str, bytes]:
     """The file of a part's bad lines, by name; none where all are good."""
     return {name + QUARANTINE: b"".join(quarantine_lines(ledger.bad))} if ledger.bad else {}
 
 
 def facts(ledger: Ledger, table: pa.Table) -> Facts:
-    """What is worth knowing of a part behind its reading: 11 bytes a query, and no row."""
+    """What is worth knowing of a part behind its reading: hashes of its queries and items, and no row."""
+    bad = [known for line, _ in ledger.bad if (known := rows.key_of(line))]
     return {
         "rows": len(table),
         "lines": sum(ledger.lines.values()),
@@ -71,9 +86,16 @@ def facts(ledger: Ledger, table: pa.Table) -> Facts:
         "dim": ledger.dim,
         "stated": stated(table, ledger),
         "unknown_fields": dict(sorted(ledger.unknown.items())),
-        "items": _sums(ledger.seen),
-        "queries": base64.b64encode(_hashes(ledger.queries).tobytes()).decode(),
+        "unreadable": len(ledger.bad) - len(bad),
+        "queries": _written(ledger.queries),
+        "items": _named(ledger.seen),
+        "bad_items": _named(bad),
     }
+
+
+def told(facts: Facts) -> Facts:
+    """The facts that are worth telling, without the hashes."""
+    return {name: value for name, value in facts.items() if name not in ("queries", "items", "bad_items")}
 
 
 def check(run: Run, plan: list[Piece], found: list[Facts]) -> int:
@@ -82,14 +104,15 @@ def check(run: Run, plan: list[Piece], found: list[Facts]) -> int:
     That is where a query is in two of them, embeddings have two lengths, nothing is there, or the
     manifest lists other items.
     """
-    queries = [np.frombuffer(base64.b64decode(part["queries"]), np.uint64) for part in found]
+    queries = [_read_hashes(part["queries"]) for part in found]
     _check_apart(queries, plan)
     _check_length(plan, [part["dim"] for part in found])
     count, bad = (sum(part[name] for part in found) for name in ("rows", "quarantined"))
     if not count:
         aside = f" ({bad} lines in quarantine)" if bad else ""
         raise InputError(f"the run has no candidates{aside}", file=run.path)
-    _check_items(run, found, count, bad)
+    if run.manifest:
+        _check_items(run, found)
     return sum(map(len, queries))
 
 
@@ -99,10 +122,17 @@ def _hashes(names: Iterable[str]) -> np.ndarray:
     return np.frombuffer(b"".join(map(digest, names)), np.uint64)
 
 
-def _sums(keys: Iterable[tuple[str, str]]) -> list[int]:
-    """Hashes of items added up, modulo 2^64: the same in any order; of `query_id/id`, and of `id` alone."""
-    keys = list(keys)
-    return [int(_hashes(names).sum()) for names in (map("/".join, keys), (key[1] for key in keys))]
+def _written(names: Iterable[str]) -> str:
+    return base64.b64encode(_hashes(names).tobytes()).decode()
+
+
+def _read_hashes(text: str) -> np.ndarray:
+    return np.frombuffer(base64.b64decode(text), np.uint64)
+
+
+def _named(keys: Collection[tuple[str, str]]) -> dict[str, str]:
+    """The hashes of items by each form of their names."""
+    return dict(zip(FORMS, (_written(map("/".join, keys)), _written(key[1] for key in keys)), strict=True))
 
 
 def _check_apart(queries: list[np.ndarray], plan: list[Piece]) -> None:
@@ -130,16 +160,33 @@ def _check_length(plan: list[Piece], dims: list[int | None]) -> None:
             )  # fmt: skip
 
 
-def _check_items(run: Run, parts: list[Facts], found: int, bad: int) -> None:
-    """The manifest's scored items and the lines must agree; a quarantined line counts as present."""
-    if not run.manifest:
+def _check_items(run: Run, parts: list[Facts]) -> None:
+    """As `read_run` does: the manifest and the lines must agree; a quarantined line counts as present."""
+    assert run.manifest
+    names = run.manifest.items_by_stage["scored"]
+    listed = _hashes(names)
+    gather = lambda field, form: np.concatenate([_read_hashes(part[field][form]) for part in parts])
+    form = min(FORMS, key=lambda form: len(np.setxor1d(gather("items", form), listed)))
+    found, aside = gather("items", form), gather("bad_items", form)
+    missing = np.setdiff1d(listed, np.concatenate([found, aside]))
+    unreadable = sum(part["unreadable"] for part in parts)
+    if extra := len(np.setdiff1d(found, listed)):
+        state = f"{extra} are only in the lines"
+    elif len(missing) > unreadable:
+        state = f"{len(missing)} only in the manifest, as {names[np.isin(listed, missing).argmax()]!r} is"
+    elif not (len(aside) or unreadable) and _repeats(listed, found):
+        state = "one is listed more often than it is there"
+    else:
         return
-    listed = run.manifest.items_by_stage["scored"]
-    sums = [sum(part["items"][form] for part in parts) % 2**64 for form in (0, 1)]
-    agree = int(_hashes(listed).sum()) in sums
-    if not (agree or (bad and found <= len(listed) <= found + bad)):
-        raise InputError(
-            f"the manifest lists {len(listed)} scored items, the lines have {found}, and they disagree",
-            file=run.path / "manifest.json", field="items_by_stage.scored",
-            remedy="The run is incomplete or mixed up: have Step 4 write it again",
-        )  # fmt: skip
+    raise InputError(
+        f"the manifest lists {len(listed)} scored items, the lines have {len(found)}; {state}",
+        file=run.path / "manifest.json", field="items_by_stage.scored",
+        remedy="The run is incomplete or mixed up: have Step 4 write it again",
+    )  # fmt: skip
+
+
+def _repeats(listed: np.ndarray, found: np.ndarray) -> bool:
+    """Whether something is listed twice, and more often than it was found."""
+    (item, count), (other, there) = (np.unique(part, return_counts=True) for part in (listed, found))
+    again = count > 1
+    return bool((count[again] > there[np.searchsorted(other, item[again])]).any())

@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 import pyarrow as pa
 
-from cotrr import files, shards
+from cotrr import shards
 from cotrr.data import parts, runs
 from cotrr.data.lists import Lists, to_lists
 from cotrr.data.rows import Piece
@@ -28,14 +28,14 @@ class Job(NamedTuple):
     model: str  # its folder
     version: str
     top_m: int
-    quarantine: bool  # bad lines are put aside; else the first ends the job
+    quarantine: bool  # bad lines are put aside; else the first of them ends the job
     output: str  # a folder, or a URL such as s3://bucket/path
     part_bytes: int
 
     @property
     def settings(self) -> dict[str, Any]:
         """What the bytes of the output depend on, besides the input."""
-        return {k: v for k, v in self._asdict().items() if k not in ("model", "output")}
+        return {k: v for k, v in self._asdict().items() if k not in ("model", "output", "quarantine")}
 
 
 def left_behind(lists: Lists, scored: Scored, top_m: int) -> int:
@@ -75,21 +75,22 @@ def rerank_run(
 ) -> dict[str, Any]:
     """Reranks a run in parts of whole queries, each scored and committed once; returns the manifest.
 
-    Memory holds a few parts, 8 bytes a query, and the ids in the run's manifest.  A job that is killed
-    and started again ends with the same bytes.  Raises InputError where a query's lines are not together,
-    and for what `read_run` raises it.
+    Memory holds a few parts, hashes of queries and items, and the items in the run's manifest.  A job that
+    is killed and started again ends with the same bytes.  Raises InputError for a bad line, unless those are
+    put aside; where a query's lines are not together; and for what `read_run` raises it.
     """
     store, plan = open_store(job.output), parts.plan(run, job.part_bytes)
     shards.put_same(store, "job.json", msgspec.json.encode(job.settings))
-    work, made = functools.partial(rerank_part, job, parts.dim(run)), []
+    work, made = functools.partial(rerank_part, job, dim := parts.dim(run)), []
     for piece, record in zip(plan, runner(work, enumerate(plan)), strict=True):
         progress(piece.stop - piece.start)
-        made.append({"files": record.files, **record.result})
-    queries = parts.check(run, plan, made)
-    total = {name: sum(part[name] for part in made) for name in ("rows", "quarantined", "left_behind")}
-    for part in made:
-        del part["queries"]
-    manifest = {"status": "completed", "queries": queries, **total, **job.settings, "parts": made}
+        if not job.quarantine:
+            parts.refuse_bad(piece, dim, record.result)
+        made.append(record)
+    queries = parts.check(run, plan, [record.result for record in made])
+    told = [{"files": record.files, **parts.told(record.result)} for record in made]
+    total = {name: sum(part[name] for part in told) for name in ("rows", "quarantined", "left_behind")}
+    manifest = {"status": "completed", "queries": queries, **total, **job.settings, "parts": told}
     shards.put_same(store, "manifest.json", msgspec.json.format(msgspec.json.encode(manifest), indent=1))
     return manifest
 
@@ -97,13 +98,14 @@ def rerank_run(
 def rerank_part(job: Job, dim: int | None, part: tuple[int, Piece]) -> shards.Record:
     """Scores the lines of one piece and commits its part of the output; a pure function of both."""
     number, piece = part
-    name, key = f"part-{number:06d}", files.digest([job.settings, dim, parts.digest(piece)])
+    name = f"part-{number:06d}"
+    key = parts.key(piece, job.settings, dim)
     return shards.once(open_store(job.output), name, key, lambda: _make_part(job, dim, piece, name))
 
 
 def _make_part(job: Job, dim: int | None, piece: Piece, name: str) -> tuple[dict[str, bytes], dict[str, Any]]:
     """The files of a part, and what is known of it."""
-    ledger = parts.read(piece, dim, quarantine=job.quarantine, keep_lines=True)
+    ledger = parts.read(piece, dim, quarantine=True, keep_lines=True)
     made, table, behind = {f"{name}.jsonl": b""}, ledger.table(), 0
     if len(table):
         lists = to_lists(table)

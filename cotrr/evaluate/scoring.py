@@ -1,17 +1,17 @@
 """A split scored part by part, a part being one of its files: what an evaluation needs of it is kept.
 
 Memory holds the parts that are being scored, embeddings and all, and to the end what is kept: 98 bytes of
-labels and attributes for each row and 48 of every model's scores, lists padded to the longest, and a
-kilobyte of words for each query.  At the peak, with the figures that are made of it, half a kilobyte a row
-was measured.  With a store a part is committed once it is scored, so an evaluation that was killed and
+labels and attributes for each row and 48 of every model's scores, lists padded to the longest, and about
+1 KB of words for each query.  At its peak, while the statistics are made, about 540 bytes a row were
+measured.  With a store a part is committed once it is scored, so an evaluation that was killed and
 starts again scores what is left.
 """
 
 import functools
+import hashlib
 import io
 import itertools
 import pathlib
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -76,7 +76,7 @@ class Kept(NamedTuple):
     left_out: int  # queries without labels
 
 
-def parts(data: str, split: str) -> list[Part]:
+def split_parts(data: str, split: str) -> list[Part]:
     """The parts of a split, in order."""
     certified = dataset.read_certificate(data)["files"]
     return [Part(name, certified.get(name, "")) for name in dataset.files_of(data, split)]
@@ -113,38 +113,47 @@ def labelled(table: pa.Table, label: str) -> tuple[Lists, int]:
 def score(job: Job, parts: Sequence[Part], runner: shards.Runner, progress: Callable[[Part], None]) -> Kept:
     """Scores the parts, in any order and each once, and joins what is kept of them.
 
-    Raises InputError for a part that is not the certified one, and for what `artifact.score` and
-    `clusters` raise it.
+    Raises InputError for a part that is not the certified one, for a query in two of them, and for what
+    `artifact.score` and `clusters` raise it.
     """
     kept = []
     for part, found in zip(parts, runner(functools.partial(score_part, job), parts), strict=True):
         progress(part)
         kept.append(found)
+    _refuse_twice(job, parts, kept)
     return join(kept)
 
 
 def committed(job: Job, parts: Sequence[Part]) -> set[Part]:
     """The parts that the store has already."""
     there = set(job.store.keys("records")) if job.store else set()
-    return {part for part in parts if f"records/{_place(job, part)}.json" in there}
+    return {part for part in parts if f"records/{_place(part, _key(job, part))}.json" in there}
 
 
 def score_part(job: Job, part: Part) -> Kept:
-    """What is kept of a part, a pure function of both; with a store, what was committed of it first."""
+    """What is kept of a part, a function of both but for the last bits, which processors round differently.
+
+    With a store it is what was committed of the part first, to the bit.
+    """
     if job.store is None:
         return _score(job, part)
-    place = _place(job, part)
-    record = shards.once(job.store, place, place, lambda: _pack(_score(job, part), f"{place}.npz"))
-    content = job.store.get(f"{place}.npz", shards.LARGEST)
-    return _unpack(content, record.result, len(job.models))
+    key = _key(job, part)
+    place = _place(part, key)
+    record = shards.once(job.store, place, key, lambda: _pack(_score(job, part), place))
+    (name,) = record.files
+    return _unpack(job.store.get(name, shards.LARGEST), record.result, len(job.models))
 
 
-def _place(job: Job, part: Part) -> str:
-    """The name of a part's results, which tells all that they depend on."""
+def _key(job: Job, part: Part) -> str:
+    """What tells all that a part's results depend on."""
     versions = [version for _, version in job.models]
     by = [FORMAT, jax.__version__, jax.devices()[0].device_kind]
-    key = files.digest([*by, versions, part.sha256, job.label, job.cluster_by, failures.EXAMPLES])
-    return f"{pathlib.Path(part.file).stem}-{key}"
+    return files.digest([*by, versions, part.sha256, job.label, job.cluster_by, failures.EXAMPLES])
+
+
+def _place(part: Part, key: str) -> str:
+    """The name of a part's results, short enough that a hash may follow."""
+    return f"{pathlib.Path(part.file).stem}-{key[:32]}"
 
 
 def read(job: Job, part: Part) -> tuple[pa.Table, Lists, int]:
@@ -170,27 +179,32 @@ def load(folder: str, version: str) -> Model:
     """The model of a folder, once a process; raises InputError where it holds another version."""
     model = artifact.load(folder)
     if model.version != version:
-        raise InputError(f"the model is {model.version}, not {version}", file=folder)
+        raise InputError(f"the model is {model.version}, not {version}", file=folder,
+                         remedy="Start again: it was replaced, or a worker sees another one")  # fmt: skip
     return model
 
 
-def join(kept: Sequence[Kept]) -> Kept:
-    """Parts, one behind the other, as the one part that they would be.
+def _refuse_twice(job: Job, parts: Sequence[Part], kept: Sequence[Kept]) -> None:
+    """Raises InputError where a query is in two parts."""
+    home: dict[str, str] = {}
+    for part, found in zip(parts, kept, strict=True):
+        for query in found.lists.query_id:
+            if (first := home.setdefault(query, part.file)) != part.file:
+                raise InputError(f"query {query!r} is in two files of the split, {first} and {part.file}",
+                                 file=job.data, field="query_id",
+                                 remedy="Generate the dataset again: a file holds whole queries")  # fmt: skip
 
-    Raises InputError where a query is in two of them.
-    """
+
+def join(kept: Sequence[Kept]) -> Kept:
+    """Parts, one behind the other, as the one part that they would be."""
     before = np.cumsum([0, *(part.rows for part in kept[:-1])])
     lists = [
         part.lists._replace(row=np.where(part.lists.where, part.lists.row + start, -1))
         for part, start in zip(kept, before, strict=True)
     ]
-    whole = Lists(**_join(lists))
-    if twice := [query for query, count in Counter(whole.query_id).items() if count > 1]:
-        raise InputError(f"query {twice[0]!r} is in two files of the split", field="query_id",
-                         remedy="Generate the dataset again: a file holds whole queries")  # fmt: skip
     by_model = zip(*(part.scored for part in kept), strict=True)
     return Kept(
-        whole,
+        Lists(**_join(lists)),
         tuple(Scored(**_join(scored, 0.0)) for scored in by_model),
         failures.merge([part.failures for part in kept]),
         pa.concat_tables([part.named for part in kept], promote_options="default"),
@@ -231,8 +245,11 @@ class _Words(NamedTuple):
     left_out: int
 
 
-def _pack(kept: Kept, name: str) -> tuple[dict[str, bytes], Any]:
-    """A file of arrays, and the rest in plain JSON types."""
+def _pack(kept: Kept, place: str) -> tuple[dict[str, bytes], Any]:
+    """A file of arrays, and the rest in plain JSON types.
+
+    Its name tells its content: another processor's, left without a record by who was killed, has another.
+    """
     lists = {key: value for key, value in kept.lists._asdict().items() if key != "constraints"}
     texts = {key: value.tolist() for key, value in lists.items() if value.dtype == object}
     arrays = {f"lists/{key}": value for key, value in lists.items() if key not in texts}
@@ -241,7 +258,9 @@ def _pack(kept: Kept, name: str) -> tuple[dict[str, bytes], Any]:
     np.savez(sink := io.BytesIO(), allow_pickle=False, **arrays)
     rest = _Words(texts, kept.lists.constraints, kept.failures, kept.named.to_pydict(), kept.rows,
                   kept.left_out)  # fmt: skip
-    return {name: sink.getvalue()}, msgspec.to_builtins(rest)
+    content = sink.getvalue()
+    name = f"{place}-{hashlib.sha256(content).hexdigest()[:16]}.npz"
+    return {name: content}, msgspec.to_builtins(rest)
 
 
 def _unpack(content: bytes, words: Any, models: int) -> Kept:

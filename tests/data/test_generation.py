@@ -1,15 +1,16 @@
 """A dataset made in parts: the same as at once, whoever is killed when."""
 
+import gzip
 import json
 import pathlib
 
 import numpy as np
 import pytest
 
-from cotrr import shards
-from cotrr.data import dataset, generation, runs, splits
-from cotrr.deploy.store import LocalStore
+from cotrr import files, shards
+from cotrr.data import certificate, dataset, generation, runs, splits
 from cotrr.errors import InputError
+from cotrr.store import LocalStore
 from tests.conftest import scored_line
 
 SETTINGS = {"fractions": (0.5, 0.2, 0.3), "compliance_weight": 0.7, "split_salt": "s"}
@@ -28,11 +29,10 @@ def lines():
 
 
 def make_job(output: pathlib.Path, **changes) -> generation.Job:
-    return generation.Job(str(output), 3000, False, split_method="strict", **SETTINGS)._replace(**changes)
+    return generation.Job(str(output), 3000, split_method="strict", **SETTINGS)._replace(**changes)
 
 
-def generate(run: pathlib.Path, job: generation.Job, runner=map) -> dict:
-    aside = pathlib.Path(job.output + ".quarantine.jsonl")
+def generate(run: pathlib.Path, job: generation.Job, runner=map, aside=None) -> dict:
     return generation.generate(runs.find_run(run), job, aside, runner, lambda _: None)
 
 
@@ -61,7 +61,7 @@ def test_parts_hold_what_the_whole_holds(write_run, lines, tmp_path, method):
     assert len(made["files"]) > 10
     assert_same(tmp_path / "parts", tmp_path / "whole")
     left = {path.name for path in (tmp_path / "parts").iterdir()}
-    assert left == {*made["files"], dataset.CERTIFICATE}
+    assert left == {*made["files"], dataset.CERTIFICATE} and not (tmp_path / "parts.parts").exists()
 
 
 def test_shards_and_bad_lines(write_run, lines, tmp_path):
@@ -75,16 +75,18 @@ def test_shards_and_bad_lines(write_run, lines, tmp_path):
     (run / "scored.jsonl").unlink()
     for number, stop in enumerate((180, 360)):
         (run / f"scored-{number}.jsonl").write_text("".join(content[180 * number : stop]))
+    job, place = make_job(tmp_path / "parts"), tmp_path / "parts.quarantine.jsonl"
     with pytest.raises(InputError, match=r"scored-0\.jsonl, line 101, field `subject_ratio`"):
-        generate(run, make_job(tmp_path / "refused"))
+        generate(run, job)
     aside = tmp_path / "aside.jsonl"
     at_once(run, tmp_path / "whole", "strict", aside)
-    made = generate(run, make_job(tmp_path / "parts", quarantine=True))
-    place = pathlib.Path(f"{tmp_path / 'parts'}.quarantine.jsonl")
+    made = generate(run, job, aside=place)  # what the error told as a remedy, in the same folder
     assert place.read_bytes() == aside.read_bytes()
     assert (made["input"]["quarantined"], made["input"]["quarantine"]) == (2, str(place))
     for split in splits.SPLITS:
         assert dataset.read(tmp_path / "parts", split).equals(dataset.read(tmp_path / "whole", split))
+    with pytest.raises(InputError, match="other input or other settings"):
+        generate(run, job)  # lines are missing
 
 
 def test_broken_off_anywhere_it_ends_with_the_same_bytes(write_run, lines, tmp_path, monkeypatch):
@@ -117,6 +119,7 @@ def test_broken_off_anywhere_it_ends_with_the_same_bytes(write_run, lines, tmp_p
 
 
 def content(folder: pathlib.Path) -> dict[str, bytes]:
+    assert not pathlib.Path(f"{folder}.parts").exists()
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
@@ -130,6 +133,41 @@ def test_finished_parts_are_not_read_again(write_run, lines, tmp_path, monkeypat
     assert len(starts) == 5
     generate(run, make_job(tmp_path / "parts"))
     assert len(set(starts)) == len(starts) > 10
+
+
+def test_other_ways_to_write_a_run(write_run, lines, tmp_path):
+    """Gzipped, an empty shard among others, and a query's lines apart where a part holds them all."""
+    near = [*lines[:9:2], *lines[9:18], *lines[1:9:2], *lines[18:]]
+    run = write_run(near)
+    content = (run / "scored.jsonl").read_bytes().splitlines(keepends=True)
+    (run / "scored.jsonl").unlink()
+    (run / "scored-0.jsonl.gz").write_bytes(gzip.compress(b"".join(content[:180])))
+    (run / "scored-1.jsonl").write_bytes(b"")
+    (run / "scored-2.jsonl").write_bytes(b"".join(content[180:]))
+    at_once(run, tmp_path / "whole", "strict")
+    generate(run, make_job(tmp_path / "parts"))
+    assert_same(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_nothing_of_others_is_touched(write_run, lines, tmp_path):
+    run, job = write_run(lines), make_job(tmp_path / "out")
+    (tmp_path / "out" / "records").mkdir(parents=True)
+    (tmp_path / "out" / "records" / "mine").write_text("precious")
+    with pytest.raises(InputError, match="no certificate, so this is no dataset"):
+        generate(run, job)
+    assert (tmp_path / "out" / "records" / "mine").read_text() == "precious"
+    with files.locked(tmp_path / "other.parts" / ".lock"), pytest.raises(InputError, match="another process"):
+        generate(run, make_job(tmp_path / "other"))
+
+
+def test_pictures_may_be_left_uncompared(write_run, lines, tmp_path):
+    run, job = write_run(lines), make_job(tmp_path / "out", near_duplicates=False)
+    made = generate(run, job)
+    assert made["near_duplicates"]["pairs"] is None
+    assert any("--nonear_duplicates" in what for what in certificate.unchecked(made))
+    assert generate(run, job) == dataset.read_certificate(tmp_path / "out")
+    with pytest.raises(InputError, match="other input or other settings"):
+        generate(run, job._replace(near_duplicates=True))
 
 
 def test_again_changes_nothing_and_other_settings_are_refused(write_run, lines, tmp_path):
@@ -151,13 +189,18 @@ def test_what_only_all_parts_show_is_refused(write_run, lines, tmp_path):
     with pytest.raises(InputError, match="a query's lines must stand together"):
         generate(write_run([*lines[1:], lines[0]]), make_job(tmp_path / "apart"))
     run = write_run(lines, manifest=["q0/p1"])
-    with pytest.raises(InputError, match="lists 1 scored items, the lines have 360"):
+    with pytest.raises(InputError, match="lists 1 scored items, the lines have 360; .* only in the lines"):
         generate(run, make_job(tmp_path / "items"))
+    shared = write_run(lines, manifest=[f"other/{i}" for i in range(360)])
+    with pytest.raises(InputError, match="lists 360 scored items, the lines have 360; .* only in the lines"):
+        generate(shared, make_job(tmp_path / "foreign"))
     other = [scored_line(q, i, dim=5) for q in range(40, 60) for i in range(9)]
     bare = write_run([*lines, *other]) / "scored.jsonl"
-    with pytest.raises(InputError, match="5 numbers .* where this run has 4"):
+    with pytest.raises(InputError, match="line 361, field `image_embedding`: 5 numbers where this run has 4"):
         generate(bare, make_job(tmp_path / "lengths"))
-    assert not list(tmp_path.glob("*/certificate.json"))
+    once = write_run(lines, manifest=sorted({line["id"] for line in lines}))  # each id once, in many queries
+    generate(once, make_job(tmp_path / "once"))
+    assert {path.parent.name for path in tmp_path.glob("*/certificate.json")} == {"once"}
 
 
 def test_remote_input(write_run, lines, tmp_path):

@@ -17,12 +17,13 @@ import pytest
 from cotrr import files
 from cotrr.data import dataset, runs
 from cotrr.data.lists import clusters
-from cotrr.deploy.store import LocalStore
 from cotrr.errors import InputError
 from cotrr.evaluate import failures, scoring
 from cotrr.ranker import artifact
 from cotrr.ranker.artifact import Scored
+from cotrr.store import LocalStore
 from experiments import evaluate as launcher
+from experiments import terminal
 from tests.conftest import scored_line
 from tests.ranker.test_artifact import make_model
 
@@ -129,7 +130,7 @@ def assert_same_report(one: dict, other: dict, atol: float = 1e-5) -> None:
         **{key: value for key, value in report.items() if key not in OWN},
         "data": report["data"] | {"dataset": "", "certificate": ""},
         "acceptance": [row for row in report["acceptance"] if "Latency" not in row["criterion"]],
-        "latency": {key: value for key, value in report["latency"].items() if not key.endswith("_ms")},
+        "latency": report["latency"].get("engine"),  # the rest is of the first part alone
     }
     one, other = dict(leaves(timeless(one))), dict(leaves(timeless(other)))
     assert one.keys() == other.keys()
@@ -145,7 +146,7 @@ def make_job(place, data="several", models=("light",), label="gold", cluster_by=
 
 
 def parts_of(job):
-    return scoring.parts(job.data, "test")
+    return scoring.split_parts(job.data, "test")
 
 
 def score(job, runner=map):
@@ -220,6 +221,66 @@ def test_what_is_committed_is_what_was_kept(place, tmp_path):
             assert again.failures == fresh.failures
 
 
+@pytest.fixture
+def another_processor(monkeypatch):
+    """Scores whose last bits are another's."""
+
+    def score(model, lists):
+        found = SCORE(model, lists)
+        return found._replace(logit=np.nextafter(found.logit, np.float32(9)))
+
+    def begin():
+        monkeypatch.setattr(artifact, "score", score)
+
+    return begin
+
+
+def test_killed_before_the_record_and_started_on_another_processor(place, tmp_path, another_processor):
+    class Killed(LocalStore):
+        def put(self, key, data):
+            if key.startswith("records/"):
+                raise Broken
+            return super().put(key, data)
+
+    job = make_job(place)
+    part = parts_of(job)[3]
+    with pytest.raises(Broken):
+        scoring.score_part(job._replace(store=Killed(tmp_path / "parts")), part)
+    another_processor()
+    found = scoring.score_part(job._replace(store=LocalStore(tmp_path / "parts")), part)
+    assert_same(scoring.score_part(job, part), found)
+
+
+def test_the_quicker_of_two_processors_is_believed(place, tmp_path, another_processor):
+    job = make_job(place, store=LocalStore(tmp_path / "parts"))
+    part = parts_of(job)[3]
+    quicker = []
+
+    class Slow(LocalStore):
+        def put(self, key, data):
+            if key.startswith("records/"):
+                another_processor()
+                quicker.append(scoring.score_part(job, part))
+            return super().put(key, data)
+
+    alone = scoring.score_part(job._replace(store=None), part)
+    found = scoring.score_part(job._replace(store=Slow(tmp_path / "parts")), part)
+    assert_same(quicker[0], found)
+    assert (found.scored[0].logit != alone.scored[0].logit).any()
+
+
+def test_the_longest_name_of_a_split_can_be_committed(place, damaged, tmp_path):
+    named = damaged.with_name("validation-000002.parquet")
+    damaged.rename(named)
+    passport = json.loads((named.parent / dataset.CERTIFICATE).read_text())
+    passport["files"] = {named.name: files.sha256(named)}
+    files.write_json(named.parent / dataset.CERTIFICATE, passport)
+    job = make_job(place, named.parent, store=LocalStore(tmp_path / "parts"))
+    (part,) = scoring.split_parts(job.data, "validation")
+    scoring.score_part(job, part)
+    assert scoring.committed(job, [part]) == {part}
+
+
 def test_other_settings_never_collide(place, tmp_path):
     store = LocalStore(tmp_path / "parts")
     jobs = [make_job(place, store=store, **changes) for changes in (
@@ -263,8 +324,40 @@ def test_an_evaluation_that_broke_off_scores_what_is_left(place, tmp_path, monke
     report = evaluate(place, "several", tmp_path / "out")
     assert (first, rest) == ([0, 0, 11, 13], [13, 10])
     assert "3 of 5 parts were scored before\nscoring 177 rows\n" in capsys.readouterr().out
-    assert not (tmp_path / "out" / "parts").exists()
+    assert not (tmp_path / "out" / launcher.SCRATCH).exists()
     assert_same_report(several, report, atol=0)  # to the last bit
+
+
+def test_two_evaluations_into_one_folder_do_not_meet(place, tmp_path, monkeypatch):
+    calls = counted(monkeypatch)
+    with (
+        files.locked(tmp_path / "out" / launcher.SCRATCH / "lock"),
+        pytest.raises(InputError, match="another process writes here"),
+    ):
+        evaluate(place, "several", tmp_path / "out")
+    assert not calls
+
+
+def test_what_else_is_in_the_folder_stays(place, tmp_path):
+    mine = tmp_path / "out" / "parts" / "mine"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    evaluate(place, "several", tmp_path / "out", quick=True)
+    assert mine.read_text() == "mine"
+    assert not (tmp_path / "out" / launcher.SCRATCH).exists()
+
+
+def test_latency_tells_the_candidates_of_what_was_timed(place, whole, several):
+    """The first part with labels has the queries 6 to 16, of 5 + q // 9 candidates each; all go to 39."""
+    assert several["latency"]["candidates"] == np.median([5 + q // 9 for q in range(6, 17)]) == 6
+    assert whole["latency"]["candidates"] == np.median([5 + q // 9 for q in range(6, 40)]) == 7
+
+
+def test_a_url_is_no_folder_for_a_report(place, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="--output=s3://bucket/report: expected a path, not a URL. Name"):
+        evaluate(place, "several", "s3://bucket/report")
+    assert not any(tmp_path.iterdir())
 
 
 def call(place: pathlib.Path, output: pathlib.Path, *more: str) -> list[str]:
@@ -279,7 +372,7 @@ launch = functools.partial(subprocess.run, cwd=ROOT, check=True, capture_output=
 def test_killed_it_goes_on_where_it_was(place, tmp_path, whole):
     """With two processes, both of which are gone with the one that is killed."""
     process = subprocess.Popen(call(place, tmp_path / "out"), cwd=ROOT, stdout=subprocess.DEVNULL)
-    records = tmp_path / "out" / "parts" / "records"
+    records = tmp_path / "out" / launcher.SCRATCH / "records"
     while process.poll() is None and not list(records.glob("test-*.json")):
         time.sleep(0.01)
     process.kill()
@@ -374,7 +467,8 @@ def test_a_query_in_two_files_is_refused(place, damaged, tmp_path):
     passport = json.loads((damaged.parent / dataset.CERTIFICATE).read_text())
     passport["files"][again.name] = files.sha256(again)
     files.write_json(damaged.parent / dataset.CERTIFICATE, passport)
-    with pytest.raises(InputError, match="is in two files of the split"):
+    said = "is in two files of the split, test-000002.parquet and test-000005.parquet. Generate"
+    with pytest.raises(InputError, match=said):
         evaluate(place, damaged.parent, tmp_path / "out")
 
 
@@ -387,14 +481,14 @@ def test_a_split_without_labels_is_told(place, tmp_path):
 
 
 def test_another_model_in_the_folder_is_told(place):
-    with pytest.raises(InputError, match="the model is light-.*, not light-0"):
+    with pytest.raises(InputError, match="the model is light-.*, not light-0. Start again"):
         scoring.load(str(place / "light"), "light-0")
 
 
 def test_time_left_counts_what_is_scored_now(place, monkeypatch, capsys):
     """Of parts of 100 rows, one of which was scored before."""
-    seconds = iter([0.0, 10.0, 12.0, 12.5, 20.0])
-    monkeypatch.setattr(launcher, "time", types.SimpleNamespace(monotonic=lambda: next(seconds)))
+    seconds = iter([0.0, 12.0, 12.5, 20.0])
+    monkeypatch.setattr(terminal, "time", types.SimpleNamespace(monotonic=lambda: next(seconds)))
     monkeypatch.setattr(scoring, "committed", lambda job, parts: {parts[0]})
     parts = [scoring.Part(name, name) for name in "abcd"]
     glances = [scoring.Glance(100, frozenset(), pa.table({}))] * 4
@@ -402,5 +496,5 @@ def test_time_left_counts_what_is_scored_now(place, monkeypatch, capsys):
     for part in parts:
         progress(part)
     assert capsys.readouterr().out.splitlines() == [
-        "1 of 4 parts were scored before", "scoring 300 rows", "  scored 100 rows, 24 s left",
+        "1 of 4 parts were scored before", "scoring 300 rows", "  200 of 400 rows scored, 24 s left",
     ]  # fmt: skip
