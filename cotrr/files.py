@@ -31,9 +31,9 @@ def place(name: str | os.PathLike[str]) -> pathlib.Path:
 def reading(name: str | os.PathLike[str]) -> io.BufferedReader:
     """The bytes of a file at a path or URL."""
     found = place(name)
-    if isinstance(found, pathlib.Path):
-        return found.open("rb", buffering=2**17)
-    return cast(io.BufferedReader, found.open("rb"))  # which chooses a block size of its own
+    # What is far away has blocks of a size of its own.
+    size = {"buffering": 2**17} if isinstance(found, pathlib.Path) else {}
+    return cast(io.BufferedReader, found.open("rb", **size))
 
 
 @contextlib.contextmanager
