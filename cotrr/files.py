@@ -32,8 +32,8 @@ def reading(name: str | os.PathLike[str]) -> io.BufferedReader:
     """The bytes of a file at a path or URL."""
     found = place(name)
     # What is far away has blocks of a size of its own.
-    size = {"buffering": 2**17} if isinstance(found, pathlib.Path) else {}
-    return cast(io.BufferedReader, found.open("rb", **size))
+    size = 2**17 if isinstance(found, pathlib.Path) else -1
+    return cast(io.BufferedReader, found.open("rb", buffering=size))
 
 
 @contextlib.contextmanager

@@ -174,12 +174,15 @@ def test_again_changes_nothing_and_other_settings_are_refused(model, long_run, t
 
 
 def test_ray_does_the_same(model, long_run, tmp_path):
-    """On a real cluster of this machine, in a process of its own: Ray forks, and JAX is here."""
+    """On a real cluster of this machine, in processes of their own: Ray forks, and JAX is here."""
     pytest.importorskip("ray")
     launch = functools.partial(subprocess.run, cwd=ROOT, check=True, capture_output=True)
     for runner in shards.RUNNERS:
         launch(call(model, long_run, tmp_path / runner, f"--runner={runner}"))
+        launch([sys.executable, "-m", "experiments.generate_training_data", f"--input={long_run}",
+                f"--output={tmp_path / runner / 'data'}", "--part_mb=0.02", f"--runner={runner}"])  # fmt: skip
     assert content(tmp_path / "ray") == content(tmp_path / "local")
+    assert len(list((tmp_path / "ray" / "data").glob("train-*.parquet"))) > 5
 
 
 def call(model, run, output, *more) -> list[str]:
