@@ -10,10 +10,29 @@ import jax
 import numpy as np
 import pytest
 
+from cotrr.compilation import keep_compiled
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)
+keep_compiled()
 
 SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared"
+
+
+def pytest_configure(config):
+    """A kept program that another process has written by half is compiled again."""
+    config.addinivalue_line("filterwarnings", "ignore:Error reading persistent compilation cache entry")
+
+
+@pytest.fixture(scope="module")
+def unoptimised():
+    """XLA compiles in half the time what is then slower, here and in processes started meanwhile."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        jax.config.update("jax_disable_most_optimizations", True)
+        yield
+    jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()  # or the modules that follow would run programs of this one
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from tests.test_launchers import launch
+from tests.commands import launch, make_data
 
 RECIPE = "--flagfile=experiments/recipes/cotrr_lite.flags"
 CLOSE = {  # enough queries to decide at this size, and no limit on how busy the machine is
@@ -21,10 +21,7 @@ CLOSE = {  # enough queries to decide at this size, and no limit on how busy the
 def road(tmp_path_factory):
     """Two models of one run, and a registry that holds both."""
     work = tmp_path_factory.mktemp("deployment")
-    data = f"--data={work / 'data'}"
-    launch("simulate_run", f"--output={work / 'runs' / 'one'}", "--queries=300", "--candidates=40")
-    launch("generate_training_data", f"--input={work / 'runs' / 'one'}", f"--output={work / 'data'}",
-           "--fractions=0.3,0,0.7")  # fmt: skip
+    data = f"--data={make_data(work, 300, 40, '0.3,0,0.7')}"
     for name, more in (("weak", ["--groups=clip,conflict"]), ("strong", [])):
         launch("train", data, f"--workdir={work / name}", RECIPE, "--quick", *more)
         launch("evaluate", data, f"--model={work / name}", f"--output={work / 'reports' / name}", "--quick")

@@ -1,8 +1,6 @@
 """The launchers end to end, as commands, with their outputs read back."""
 
 import json
-import os
-import pathlib
 import subprocess
 import sys
 
@@ -12,38 +10,15 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cotrr.ranker import artifact
+from tests.commands import ROOT, launch, make_data, run, start
 from tests.conftest import scored_line
-
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-
-
-def start(name: str, *arguments: object) -> subprocess.Popen:
-    """Starts a launcher; its standard output has all that it says."""
-    return subprocess.Popen(
-        [sys.executable, "-m", f"experiments.{name}", *map(str, arguments)],
-        cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-
-
-def launch(name: str, *arguments: object, fails: int = 0) -> str:
-    """Runs a launcher to its end; returns what it said."""
-    process = start(name, *arguments)
-    try:
-        said, _ = process.communicate(timeout=300)
-    finally:
-        process.kill()
-    assert process.returncode == fails, said
-    return said
 
 
 @pytest.fixture(scope="module")
 def road(tmp_path_factory):
     """Simulate, generate, train and evaluate at small size, once."""
     work = tmp_path_factory.mktemp("road")
-    launch("simulate_run", f"--output={work / 'runs' / 'one'}", "--queries=70", "--candidates=40")
-    launch("generate_training_data", f"--input={work / 'runs' / 'latest'}", f"--output={work / 'data'}",
-           "--fractions=0.5,0,0.5")  # fmt: skip
+    make_data(work, 70, 40, "0.5,0,0.5")
     launch("train", f"--data={work / 'data'}", f"--workdir={work / 'model'}",
            "--flagfile=experiments/recipes/cotrr_lite.flags", "--quick")  # fmt: skip
     launch("evaluate", f"--model={work / 'model'}", f"--data={work / 'data'}",
@@ -106,8 +81,11 @@ def test_report_says_the_same_in_three_ways(road):
 
 
 def test_evaluation_is_reproducible(road):
-    launch("evaluate", f"--model={road / 'model'}", f"--data={road / 'data'}",
-           f"--output={road / 'again'}", "--resamples=1000", "--quick")  # fmt: skip
+    """Also in another process."""
+    process = start("evaluate", f"--model={road / 'model'}", f"--data={road / 'data'}",
+                    f"--output={road / 'again'}", "--resamples=1000", "--quick")  # fmt: skip
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, said
     first, again = (json.loads((road / name / "report.json").read_text()) for name in ("report", "again"))
     for key in ("metrics", "ladder", "deltas", "conflict", "slices", "uncertainty"):
         assert first[key] == again[key], key
@@ -279,12 +257,10 @@ def test_a_run_without_embeddings_goes_all_the_way(write_run, tmp_path):
 )
 def test_wrong_calls_are_told_in_one_line(name, arguments, message, tmp_path):
     arguments = [argument.replace("=out", f"={tmp_path / 'out'}") for argument in arguments]
-    done = subprocess.run(
-        [sys.executable, "-m", f"experiments.{name}", *arguments], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+    ended = run(name, *arguments)
+    assert ended.status == 2
+    assert message in ended.errors
+    assert "Traceback" not in ended.errors
     assert not (tmp_path / "out").exists()
 
 

@@ -179,8 +179,9 @@ def test_ray_does_the_same(model, long_run, tmp_path):
     launch = functools.partial(subprocess.run, cwd=ROOT, check=True, capture_output=True)
     for runner in shards.RUNNERS:
         launch(call(model, long_run, tmp_path / runner, f"--runner={runner}"))
-        launch([sys.executable, "-m", "experiments.generate_training_data", f"--input={long_run}",
-                f"--output={tmp_path / runner / 'data'}", "--part_mb=0.02", f"--runner={runner}"])  # fmt: skip
+        launch([sys.executable, "-m", "experiments.generate_training_data", "--part_mb=0.02",
+                f"--input={long_run}", f"--output={tmp_path / runner / 'data'}",
+                f"--runner={runner}"])  # fmt: skip
     assert content(tmp_path / "ray") == content(tmp_path / "local")
     assert len(list((tmp_path / "ray" / "data").glob("train-*.parquet"))) > 5
 

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cotrr.deploy.store import ASIDE, CONDITIONAL, DEPTH, FsspecStore, LocalStore, check_key, open_store
 from cotrr.errors import InputError
+from cotrr.store import ASIDE, CONDITIONAL, DEPTH, FsspecStore, LocalStore, check_key, open_store
 
 LIMIT = 100
 

@@ -18,17 +18,17 @@ from cotrr.data.lists import to_lists
 from cotrr.deploy import canary, policy, sketches
 from cotrr.deploy.canary import CanaryPolicy, Check, Probe, Seen
 from cotrr.deploy.registry import Draft, Registry
-from cotrr.deploy.store import LocalStore
 from cotrr.errors import InputError
 from cotrr.ranker import artifact
 from cotrr.ranker.calibrators import Scored
 from cotrr.ranker.model_files import parse
+from cotrr.store import LocalStore
 from experiments import canary as launcher
 from experiments import terminal
+from tests.commands import launch
 from tests.conftest import scored_line
 from tests.deploy.small import make_registry, model_files, promotion
 from tests.deploy.test_sketches import NAMES, population, read
-from tests.test_launchers import launch
 
 POLICY = CanaryPolicy(name="test")
 SHIPPED = pathlib.Path(__file__).resolve().parents[2] / "experiments" / "policies" / "canary.json"

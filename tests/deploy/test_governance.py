@@ -25,11 +25,11 @@ from cotrr.deploy.governance import difference
 from cotrr.deploy.policy import Policy, Superiority
 from cotrr.deploy.quotas import Quotas
 from cotrr.deploy.registry import Draft, Registry
-from cotrr.deploy.store import LocalStore
 from cotrr.errors import InputError
 from cotrr.evaluate import evaluation, figures
 from cotrr.evaluate.ranking import System
 from cotrr.ranker import artifact
+from cotrr.store import LocalStore
 from tests.conftest import scored_line
 from tests.deploy.small import make_registry, model_files, promotion
 from tests.deploy.test_card import CERTIFICATE, make_report, spoil

@@ -29,9 +29,9 @@ from cotrr.deploy.registry import (
     State,
     stamp,
 )
-from cotrr.deploy.store import LocalStore, open_store
 from cotrr.errors import InputError
 from cotrr.ranker.model_files import FILES, TABLES, version_of
+from cotrr.store import LocalStore, open_store
 from tests.deploy.small import make_registry, model_files, promotion, ticking
 
 

@@ -17,8 +17,8 @@ import sys
 import pytest
 
 from cotrr.deploy.registry import Registry
-from cotrr.deploy.store import ASIDE, LocalStore
 from cotrr.errors import InputError
+from cotrr.store import ASIDE, LocalStore
 from tests.deploy.small import make_registry, model_files, promotion, ticking
 
 CHANGES = ("open", "write", "fsync", "link", "mkdir", "unlink")  # all that LocalStore does to a disk

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cotrr import devices
+from cotrr.compilation import keep_compiled
 from cotrr.evaluate.metrics import ndcg
 from cotrr.ranker import fitting, training
 from cotrr.ranker.lanes import TrainConfig, make_lanes
@@ -17,8 +18,8 @@ CONFIG = TrainConfig(folds=2, members=2, epochs=4, image_components=6, text_comp
                      hidden=4, dropout=0.2, lambda_power=0.5, softmax_weight=0.1)  # fmt: skip
 
 
-def main() -> None:
-    """Trains and writes."""
+def train() -> dict[str, jax.Array | int]:
+    """Parameters and metrics by name, and the number of devices that shared the work."""
     setup = fitting.set_up(development(), CONFIG, partial(ndcg, k=5), devices.mesh())
     lanes = make_lanes([CONFIG])
     state = training.init_lanes(setup.train, lanes)
@@ -28,8 +29,9 @@ def main() -> None:
     arrays = {
         jax.tree_util.keystr(path): value for path, value in jax.tree_util.tree_leaves_with_path(state.params)
     }
-    np.savez(sys.argv[1], devices=max(spread), **arrays, **metrics)
+    return {"devices": max(spread), **arrays, **metrics}
 
 
 if __name__ == "__main__":
-    main()
+    keep_compiled()
+    np.savez(sys.argv[1], **train())

@@ -30,6 +30,7 @@ FEW = TrainConfig(
     folds=2, epochs=5, patience=2, hidden=3, image_components=4, text_components=2, batch_queries=9,
     pair_power=0.5,
 )  # fmt: skip
+# Lanes that differ in everything that they may differ in; the last learns nothing.
 VARIED = [
     FEW,
     change(FEW, seed=5, learning_rate=0.03, penalty=0.1, image_size=1.0, text_size=0.5),

@@ -1,6 +1,9 @@
 """Lanes: each is alone in its program, stops by itself, and looks at what its mask lets through."""
 
 import dataclasses
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +15,8 @@ from cotrr.ranker import artifact, encoding, fitting, training
 from cotrr.ranker.lanes import make_lanes
 from cotrr.ranker.model import Scores
 from cotrr.ranker.views import Examples
+from tests.commands import ROOT
+from tests.ranker import on_devices
 from tests.ranker.runs import (
     FEW,
     METRIC,
@@ -24,7 +29,7 @@ from tests.ranker.runs import (
 )
 from tests.ranker.synthetic import assert_close, assert_same_bits, development, numbers, without
 
-# Lanes that differ in everything that they may differ in; the last learns nothing.
+pytestmark = pytest.mark.usefixtures("unoptimised")
 
 
 @pytest.fixture(scope="module")
@@ -202,6 +207,21 @@ def test_a_mesh_changes_nothing(few):
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("queries",))
     plain, spread = (go(train, [FEW], 2) for train in (few.train, start(FEW, mesh=mesh).train))
     assert_close(*(jax.tree.map(numbers, run) for run in (plain, spread)))
+
+
+def test_devices_share_the_work_and_agree(tmp_path):
+    """8 forced host devices, in a process of their own, against the one of this process."""
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+    }
+    subprocess.run([sys.executable, "-m", "tests.ranker.on_devices", tmp_path / "eight.npz"], cwd=ROOT,
+                   env=environment, check=True)  # fmt: skip
+    one, eight = on_devices.train(), np.load(tmp_path / "eight.npz")
+    assert (one["devices"], eight["devices"]) == (1, 8)
+    assert one.keys() == eight.keys()
+    for key in one.keys() - {"devices"}:
+        np.testing.assert_allclose(one[key], eight[key], rtol=1e-4, atol=1e-5, err_msg=key)
 
 
 def test_bagged_members_differ_and_a_power_of_zero_weighs_all_alike(few):

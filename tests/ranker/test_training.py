@@ -28,6 +28,8 @@ from tests.ranker.runs import (
 )
 from tests.ranker.synthetic import assert_same_bits, development
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
 
 @pytest.fixture(scope="module")
 def simple():

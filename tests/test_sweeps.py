@@ -1,0 +1,63 @@
+"""Sweeps and ablations as commands."""
+
+import json
+
+import numpy as np
+import pytest
+
+from cotrr.ranker import artifact
+from tests.commands import launch, make_data
+
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A small dataset."""
+    return make_data(tmp_path_factory.mktemp("data"), 60, 30, "0.5,0,0.5")
+
+
+def test_a_sweep_finds_a_recipe_and_can_be_resumed(data, tmp_path):
+    folder = tmp_path / "tuned"
+    call = ("sweep", f"--data={data}", f"--workdir={folder}", "--quick", "--image_components=16")
+    said = launch(*call)
+    found = json.loads((folder / "sweep.json").read_text())
+    sizes = [len(rung["lanes"]) for rung in found["rungs"]]
+    assert sizes == [8, 3, 1] and "8 configurations" in said
+    for before, after in zip(found["rungs"], found["rungs"][1:], strict=False):
+        best = sorted(before["lanes"], key=lambda lane: -lane["validation_metric"])[: len(after["lanes"])]
+        assert [lane["lane"] for lane in after["lanes"]] == [lane["lane"] for lane in best]
+    model = artifact.load(folder)
+    assert model.provenance["configurations"] == 8
+    chosen = next(lane for lane in found["rungs"][-1]["lanes"] if lane["lane"] == found["best"][0])
+    assert model.config["penalty"] == chosen["penalty"]
+    recipe = (folder / "recipe.flags").read_text()
+    assert f"--penalty={chosen['penalty']}" in recipe
+    # What is there is gone over, and ends in the same model.
+    (folder / "model.json").unlink()
+    assert "resuming" in launch(*call, "--resume")
+    assert artifact.load(folder).version == model.version
+    # The recipe trains the very same model.
+    launch(
+        "train", f"--data={data}", f"--workdir={tmp_path / 'again'}", f"--flagfile={folder / 'recipe.flags'}"
+    )
+    again = artifact.load(tmp_path / "again")
+    for one, other in zip(model.params["params"].values(), again.params["params"].values(), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-5)
+
+
+def test_ablations_are_compared_with_the_full_model(data, tmp_path):
+    launch("ablate", f"--data={data}", f"--workdir={tmp_path / 'a'}", "--quick", "--image_components=16")
+    found = json.loads((tmp_path / "a" / "ablation.json").read_text())
+    rows = {row["system"]: row for row in found["rows"]}
+    assert {"CLIP-only", "+SO", "+SO+Conflict", "full", "trained on clip", "without so", "without embeddings",
+            "without clip_score", "LambdaRank (ΔnDCG)", "no conflict head"} <= rows.keys()  # fmt: skip
+    value = lambda name: rows[name]["metrics"]["ndcg@10"]["value"]
+    differences = {(row["system"], row["metric"]): row for row in found["differences"]["rows"]}
+    assert {row["reference"] for row in found["differences"]["rows"]} == {"full"}
+    for name in rows.keys() - {"full"}:
+        row = differences[name, "ndcg@10"]
+        assert row["difference"]["value"] == pytest.approx(value(name) - value("full"), abs=1e-6)
+        assert row["p_max_t"] >= row["p"]
+    table = (tmp_path / "a" / "ablation.md").read_text()
+    assert table.count("\n| ") == len(rows) and "max-T" in table
