@@ -253,8 +253,8 @@ def test_remote_output(model, long_run, tmp_path):
     """Through fsspec, whose store in memory has the same put-if-absent as s3:// and gs://."""
     fsspec = pytest.importorskip("fsspec")
     rerank_run(long_run, make_job(model, tmp_path / "here"))
-    rerank_run(long_run, make_job(model, "memory://bucket/reranked"))
+    rerank_run(long_run, make_job(model, "memory://shards/reranked"))
     system = fsspec.filesystem("memory")
-    there = {path.removeprefix("/bucket/reranked/"): system.cat_file(path) for path in system.find("/bucket")
+    there = {path.removeprefix("/shards/reranked/"): system.cat_file(path) for path in system.find("/shards")
              if ".aside" not in path}  # fmt: skip
     assert there == content(tmp_path / "here")
