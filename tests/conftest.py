@@ -26,7 +26,7 @@ def pytest_configure(config):
 
 @pytest.fixture(scope="module")
 def unoptimised():
-    """XLA compiles in half the time what is then slower, here and in processes started meanwhile."""
+    """XLA makes the same graphs in half the time, of slower machine code; also in processes started here."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
         jax.config.update("jax_disable_most_optimizations", True)
