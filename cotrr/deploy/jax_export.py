@@ -98,11 +98,8 @@ def _conclude(fitted: Calibration, final: np.ndarray, logits: Scores) -> dict[st
     share = lambda values: jnp.clip(values, 0.0, 1.0)
     logit = jnp.mean(logits.rank[final], axis=0)
     label, each = _calibrated(fitted.rank, logit), _calibrated(fitted.rank, logits.rank)
-    knots, *curves = (jnp.array(curve) for curve in fitted.intervals[:3])
+    knots, *curves = map(jnp.array, fitted.intervals)
     low, high = (jnp.interp(label, knots, curve) for curve in curves)
-    middle = (low + high) / 2  # where a negative margin would let the ends cross
-    low = jnp.minimum(low - fitted.intervals.margin, middle)
-    high = jnp.maximum(high + fitted.intervals.margin, middle)
     spread = jnp.std(each, axis=0) if len(each) > 1 else jnp.full_like(logit, jnp.nan)
     clash = _calibrated(fitted.conflict, jnp.mean(logits.conflict[final], axis=0))
     return {

@@ -315,14 +315,12 @@ def _conclude(fitted: Calibration, final: np.ndarray, logits: Tensor) -> dict[st
     label, each = _calibrated(fitted.rank, logit), _calibrated(fitted.rank, rank)
     apart = each - each.then("ReduceMean", [0], keepdims=1)
     spread = (apart * apart).then("ReduceMean", [0], keepdims=0).then("Sqrt")
-    low, high = _along(label, fitted.intervals.knots, fitted.intervals.low, fitted.intervals.high)
-    middle = (low + high) * 0.5  # where a negative margin would let the ends cross
-    low, high = low - fitted.intervals.margin, high + fitted.intervals.margin
+    low, high = _along(label, *fitted.intervals)
     return {
         "score": share(label),
         "std": share(spread) if len(final) > 1 else logit * np.nan,
-        "low": share(low.then("Min", middle, label)),
-        "high": share(high.then("Max", middle, label)),
+        "low": share(low.then("Min", label)),
+        "high": share(high.then("Max", label)),
         "p_conflict": share(_calibrated(fitted.conflict, mean(conflict))),
         "logit": logit,
     }

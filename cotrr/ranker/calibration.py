@@ -1,6 +1,7 @@
 """Fitting of calibrators and intervals, on rows that no member learned from."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 from scipy.optimize import isotonic_regression, minimize
@@ -18,7 +19,8 @@ from cotrr.ranker.calibrators import (
 )
 
 SIMPLER = 1e-4  # a kind must beat a simpler one by more than this log-loss
-BINS, ROWS = 10, 50  # of an interval's curves: at most so many bins, of at least so many rows
+LEVELS = np.arange(81) / 200  # shares of the rows that an interval's curves leave out, before calibration
+KNOTS, WINDOW = 50, 10  # of an interval's curves: so many at most, each from this times √N of N rows
 
 
 def fit_platt(logits: np.ndarray, targets: np.ndarray) -> Platt:
@@ -98,11 +100,11 @@ def choose(logits: np.ndarray, targets: np.ndarray, fold: np.ndarray) -> tuple[C
 
 
 def query_quantile(query: np.ndarray, score: np.ndarray, coverage: float = 0.95) -> float:
-    """The margin that the score of a new query's row is meant to stay within.
+    """What the score of a new query's row is meant not to exceed.
 
     The quantile of split conformal prediction with queries as the exchangeable units: each of Q
     queries spreads the weight 1/(Q+1) over its rows, the new one holds the rest at infinity (Dunn
-    et al. 2022).  `query` [N], `score` [N] of either sign.  Labels lie in [0, 1], so infinity is 1.
+    et al. 2022).  `query` [N], `score` [N]; scores end at 1, which stands for infinity.
     """
     _, group, count = np.unique(query, return_inverse=True, return_counts=True)
     weight = 1 / (count[group] * (len(count) + 1))
@@ -111,30 +113,52 @@ def query_quantile(query: np.ndarray, score: np.ndarray, coverage: float = 0.95)
     return float(score[order[reached]]) if reached < len(order) else 1.0
 
 
-def _bins(label: np.ndarray) -> list[slice]:
-    """Slices of N sorted labels of about equal mass; equal labels share a bin."""
-    size = len(label) // int(np.clip(len(label) // ROWS, 1, BINS))
-    slices, start = [], 0
-    while start < len(label):
-        end = int(np.searchsorted(label, label[start + size - 1], side="right"))
-        end = end if len(label) - end >= size else len(label)
-        slices.append(slice(start, end))
-        start = end
-    return slices
+class Nested(NamedTuple):
+    """Intervals at every level, each inside the one before; ends are curves over the expected label."""
+
+    knots: np.ndarray  # [K]
+    low: np.ndarray  # [M + 1, K]: the whole range, then by LEVELS
+    high: np.ndarray  # [M + 1, K]
+
+    def held(self, label: np.ndarray, y: np.ndarray) -> np.ndarray:
+        """[N] share of the levels whose intervals hold y [N] at the expected label [N]."""
+        levels = zip(self.low[1:], self.high[1:], strict=True)
+        inside = ((np.interp(label, self.knots, low) <= y) & (y <= np.interp(label, self.knots, high))
+                  for low, high in levels)  # fmt: skip
+        return sum(inside, start=np.zeros(len(y))) / len(LEVELS)
+
+    def at(self, held: float) -> Intervals:
+        """The intervals that hold what this share of the levels holds."""
+        level = round(held * len(LEVELS))
+        return Intervals(
+            *(tuple(curve.tolist()) for curve in (self.knots, self.low[level], self.high[level]))
+        )
 
 
-def _curves(label: np.ndarray, y: np.ndarray, coverage: float, margin: float = 0.0) -> Intervals:
-    """Conditional quantiles of y [N] in bins of the expected label [N], made to rise with it."""
+def _nested(label: np.ndarray, y: np.ndarray) -> Nested:
+    """Quantiles of y [N] in windows around expected labels [N], made to rise with them."""
     order = np.argsort(label, kind="stable")
     label, y = label[order], y[order]
-    bins = _bins(label)
-    levels = [(1 - coverage) / 2, (1 + coverage) / 2]
-    quantiles = np.array([np.quantile(y[part], levels) for part in bins])
-    weights = [part.stop - part.start for part in bins]
-    low, high = (isotonic_regression(curve, weights=weights).x for curve in quantiles.T)
-    # A mean of equal labels may be off by rounding; the knots rise all the same.
-    knots = np.maximum.accumulate([label[part].mean() for part in bins])
-    return Intervals(tuple(knots.tolist()), tuple(low.tolist()), tuple(high.tolist()), margin)
+    knots = np.unique(label[np.linspace(0, len(label) - 1, KNOTS).round().astype(int)])
+    first, last = np.searchsorted(label, knots), np.searchsorted(label, knots, side="right")
+    half = round(WINDOW * np.sqrt(len(label)) / 2)
+    middle = (first + last) // 2
+    # Equal labels share a window, however many they are.
+    windows = zip(
+        np.minimum(np.maximum(middle - half, 0), first), np.maximum(middle + half, last), strict=True
+    )
+    ends = np.stack([_ends(y[a:b]) for a, b in windows], axis=2)  # [2, M, K]
+    low, high = (np.stack([isotonic_regression(curve).x for curve in curves]) for curves in ends)
+    # Outwards, for labels sit on a few values, and so do quantiles: rounding must not part them.
+    whole = np.zeros(len(knots))
+    return Nested(knots, np.vstack([whole, np.floor(low * 1e6) / 1e6]),
+                  np.vstack([whole + 1, np.ceil(high * 1e6) / 1e6]))  # fmt: skip
+
+
+def _ends(y: np.ndarray) -> np.ndarray:
+    """[2, M] the lower and upper quantiles of y at LEVELS, each a value of y."""
+    quantiles = lambda at: np.quantile(y, at, method="inverted_cdf")
+    return np.stack([quantiles(LEVELS / 2), quantiles(1 - LEVELS / 2)])
 
 
 def fit_intervals(
@@ -142,18 +166,19 @@ def fit_intervals(
 ) -> Intervals:
     """Intervals meant to hold the label of a new query's candidate, from N held-out rows.
 
-    Conformalised quantile regression (Romano et al. 2019) over queries.  A row's score comes from
-    curves fitted on the other folds, the curves in use from all rows: that is cross-conformal, so
-    the coverage is approximate and a report measures it.  A single fold is halved by query.
+    Nested conformal prediction (Gupta et al. 2022) over queries: quantiles of y that depend on the
+    expected label, at the narrowest level that holds new queries.  It is the level that moves, since a
+    label takes few values: one step away from them an interval would hold none of them.  A row's score
+    comes from curves fitted on the other folds, the curves in use from all rows: that is
+    cross-conformal, so the coverage is approximate and a report measures it.  A single fold is halved
+    by query.
     """
     if len(np.unique(fold)) == 1:
         fold = np.unique(query, return_inverse=True)[1] % 2
-    score = np.empty(len(y))
+    left_out = np.empty(len(y))
     for inside, rest in _folds(fold):
-        curves = _curves(label[rest], y[rest], coverage)
-        low, high = (np.interp(label[inside], curves.knots, ends) for ends in (curves.low, curves.high))
-        score[inside] = np.maximum(low - y[inside], y[inside] - high)
-    return _curves(label, y, coverage, query_quantile(query, score, coverage))
+        left_out[inside] = 1 - _nested(label[rest], y[rest]).held(label[inside], y[inside])
+    return _nested(label, y).at(1 - query_quantile(query, left_out, coverage))
 
 
 def fit(

@@ -72,19 +72,15 @@ class Choice(NamedTuple):
 
 
 class Intervals(NamedTuple):
-    """Low and high quantiles of y as curves over the expected label, moved apart by a margin."""
+    """Low and high ends of y as curves over the expected label."""
 
     knots: tuple[float, ...]
     low: tuple[float, ...]
     high: tuple[float, ...]
-    margin: float  # negative where the curves alone cover too much
 
     def __call__(self, label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Low and high ends [...] ≤ each other, in [0, 1], for expected labels [...]."""
-        low, high = np.interp(label, self.knots, self.low), np.interp(label, self.knots, self.high)
-        middle = (low + high) / 2  # where a negative margin would let the ends cross
-        low, high = np.minimum(low - self.margin, middle), np.maximum(high + self.margin, middle)
-        return clip(low, 0, 1), clip(high, 0, 1)
+        """Low and high ends [...] for expected labels [...]."""
+        return np.interp(label, self.knots, self.low), np.interp(label, self.knots, self.high)
 
 
 class Calibration(NamedTuple):
@@ -98,7 +94,7 @@ class Calibration(NamedTuple):
 
 
 # Of a model that is not calibrated yet: its own probabilities, and intervals that say nothing.
-NONE = Calibration(Platt(1.0, 0.0), Platt(1.0, 0.0), Intervals((0.0,), (0.0,), (1.0,), 0.0), 0, {})
+NONE = Calibration(Platt(1.0, 0.0), Platt(1.0, 0.0), Intervals((0.0,), (0.0,), (1.0,)), 0, {})
 
 
 def log_odds_terms(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -179,8 +175,7 @@ def _calibrator(facts: dict[str, Any]) -> Calibrator:
 
 
 def _intervals(facts: dict[str, Any]) -> Intervals:
-    knots, low, high = _polyline(facts, "knots", "low", "high")
-    return Intervals(knots, low, high, _number(facts["margin"]))
+    return Intervals(*_polyline(facts, "knots", "low", "high"))
 
 
 def _choice(facts: dict[str, Any]) -> Choice:

@@ -21,7 +21,7 @@ from cotrr.ranker import calibrators
 from cotrr.ranker.calibrators import Calibration
 from cotrr.ranker.encoding import Vocabulary
 
-FORMAT = 3
+FORMAT = 4
 TABLES = ("weights.npz", "trained_on.npz")
 FILES = ("model.json", *TABLES)
 

@@ -94,8 +94,8 @@ def test_it_says_what_the_scorer_says(kind, hidden, tmp_path, monkeypatch):
     ids=["platt", "beta", "isotonic", "flat"],
 )
 def test_calibration_and_intervals_are_inside(kind, calibrator, tmp_path):
-    crossing = Intervals((0.2, 0.5, 0.8), (0.1, 0.3, 0.6), (0.2, 0.45, 0.95), -0.1)
-    fitted = CALIBRATION._replace(rank=calibrator, conflict=calibrator, intervals=crossing)
+    apart = Intervals((0.2, 0.5, 0.8), (0.1, 0.3, 0.6), (0.2, 0.45, 0.7))
+    fitted = CALIBRATION._replace(rank=calibrator, conflict=calibrator, intervals=apart)
     assert_alike(kind, make_model(hidden=0)._replace(calibration=fitted), tmp_path)
 
 

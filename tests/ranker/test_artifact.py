@@ -29,7 +29,7 @@ MASK = encoding.make_mask(encoding.GROUPS)
 CALIBRATION = Calibration(
     rank=Platt(0.5, -0.2),
     conflict=Platt(0.4, -1.0),
-    intervals=Intervals((0.2, 0.5, 0.8), (0.1, 0.3, 0.6), (0.4, 0.7, 0.95), 0.02),
+    intervals=Intervals((0.2, 0.5, 0.8), (0.1, 0.3, 0.6), (0.4, 0.7, 0.95)),
     queries=20,
     choices={
         "rank": Choice("platt", {"platt": 0.61, "beta": 0.62}),
@@ -112,8 +112,8 @@ def test_models_that_differ_in_anything_have_different_versions(model, tmp_path)
         "none": {},
         "rank": {"calibration": calibration._replace(rank=Platt(0.5, -0.2 + 1e-12))},
         "conflict": {"calibration": calibration._replace(conflict=Platt(0.41, -1.0))},
-        "margin": {
-            "calibration": calibration._replace(intervals=calibration.intervals._replace(margin=0.03))
+        "interval": {
+            "calibration": calibration._replace(intervals=calibration.intervals._replace(low=(0.1, 0.3, 0.5)))
         },
         "choices": {"calibration": calibration._replace(choices={})},
         "queries": {"calibration": calibration._replace(queries=21)},
@@ -182,7 +182,7 @@ def changed(value):
 def test_any_change_of_any_value_is_refused(folder):
     path, text = folder / "model.json", (folder / "model.json").read_text()
     places = paths_in(json.loads(text))
-    assert ("calibration", "intervals", "margin") in places and ("vocabulary", "domains", 1) in places
+    assert ("calibration", "intervals", "low", 1) in places and ("vocabulary", "domains", 1) in places
     for *parents, last in places:
         inside = lambda facts, parents=parents: functools.reduce(operator.getitem, parents, facts)
         variants = []
@@ -218,7 +218,7 @@ def test_no_folder(tmp_path):
 
 def test_other_attributes_or_format_are_refused(folder):
     kept = (folder / "model.json").read_text()
-    for changes in ({"attributes": [*ATTRIBUTES][::-1]}, {"format": 2}, {"format": 4}):
+    for changes in ({"attributes": [*ATTRIBUTES][::-1]}, {"format": 3}, {"format": 5}):
         change_facts(folder, **changes)
         with pytest.raises(InputError, match=r"model\.json: saved by another version"):
             artifact.load(folder)
@@ -289,8 +289,8 @@ def test_scores_by_hand(model):
     score = expit(0.5 * rank[2:].mean() - 0.2)
     expected = {
         "logit": rank[2:].mean(), "score": score, "std": np.std(expit(0.5 * rank - 0.2)),
-        "low": min(np.interp(score, [0.2, 0.5, 0.8], [0.1, 0.3, 0.6]) - 0.02, score),
-        "high": max(np.interp(score, [0.2, 0.5, 0.8], [0.4, 0.7, 0.95]) + 0.02, score),
+        "low": min(np.interp(score, [0.2, 0.5, 0.8], [0.1, 0.3, 0.6]), score),
+        "high": max(np.interp(score, [0.2, 0.5, 0.8], [0.4, 0.7, 0.95]), score),
         "p_conflict": expit(0.4 * conflict[2:].mean() - 1.0),
     }  # fmt: skip
     for name, value in expected.items():
