@@ -15,7 +15,7 @@ from cotrr.ranker.model import Reranker
 WORDS = {"color": 11, "glass": 8, "garnish": 8, "ice": 4}  # values of each key
 CALIBRATION = Calibration(
     Platt(1.0, 0.0), Platt(1.0, 0.0),
-    Intervals((0.2, 0.5, 0.8), (0.1, 0.3, 0.6), (0.4, 0.7, 0.95), 0.02), 100,
+    Intervals((0.2, 0.5, 0.8), (0.1, 0.3, 0.6), (0.4, 0.7, 0.95)), 100,
     {head: Choice("platt", {"platt": 0.5}) for head in ("rank", "conflict")},
 )  # fmt: skip
 
