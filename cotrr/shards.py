@@ -5,14 +5,14 @@ import contextlib
 import functools
 import hashlib
 import itertools
+import multiprocessing
 import os
-import pickle
-import select
+import queue
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import msgspec
@@ -20,16 +20,16 @@ import msgspec
 from cotrr.errors import InputError
 
 if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+
     from cotrr.store import Store
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 _SERVE = (
-    "import sys, pickle; sys.path[:] = pickle.load(sys.stdin.buffer); import cotrr.shards as s; s.serve()"
+    "import sys; from multiprocessing.connection import Connection; pipe = Connection(int(sys.argv[1]));"
+    "sys.path[:] = pipe.recv(); from cotrr import shards; shards.serve(pipe)"
 )
-
-
-AHEAD = 2  # calls that a child is sent at once, so that it never waits for the next
 LARGEST = 2**34  # bytes of a file
 _ELSEWHERE = "Name another --output, or remove what is there"
 
@@ -62,42 +62,52 @@ def local(workers: int) -> Iterator[Runner]:
 
     While children start, and while the next result is not there, this one works.
     """
+    if workers == 1:
+        yield lambda function, tasks: map(function, tasks)
+        return
     children = [_Child() for _ in range(workers - 1)]
-    try:
-        yield functools.partial(_share, children)
-    finally:
-        for child in children:
-            child.end()
+    with ThreadPoolExecutor(len(children)) as threads:  # one waits for each child
+        try:
+            yield functools.partial(_share, _Idle(children), threads)
+        finally:
+            for child in children:
+                child.end()
 
 
-def _share(children: list["_Child"], function: Callable[[Any], Any], tasks: Iterable[Any]) -> Iterator[Any]:
+def _share(
+    idle: "_Idle", threads: ThreadPoolExecutor, function: Callable[[Any], Any], tasks: Iterable[Any]
+) -> Iterator[Any]:
     """The results in order; who works ahead of the next one stops at four tasks a worker."""
-    tasks, underway, most = iter(tasks), collections.deque[_Call](), 4 * (len(children) + 1)
-    for child in children:
-        child.prepare(function)
+    for _ in range(idle.children):  # children first import what the function needs
+        threads.submit(idle.call, callable, function)
+    tasks, most = iter(tasks), 4 * (idle.children + 1)
+    underway: collections.deque[tuple[Any, Future]] = collections.deque()
+    try:
+        while True:
+            for task in itertools.islice(tasks, most - len(underway)):
+                underway.append((task, threads.submit(idle.call, function, task)))
+            if not underway:
+                return
+            done = underway[0][1].done()
+            # A call that no child has begun can be cancelled, and is this process's then.
+            mine = next((i for i, (_, call) in enumerate(underway) if not done and call.cancel()), None)
+            if mine is None:
+                yield underway.popleft()[1].result()
+            else:
+                underway[mine] = underway[mine][0], _here(function, underway[mine][0])
+    finally:
+        for _, call in underway:
+            call.cancel()
 
-    def take() -> _Call | None:
-        for task in itertools.islice(tasks, most - len(underway) and 1):
-            underway.append(_Call(function, task))
-            return underway[-1]
 
-    while True:
-        for child in children:
-            child.collect()
-            while len(child.calls) < AHEAD and (call := take()):
-                child.start(call)
-        if not (underway or take()):
-            return
-        first = underway[0]
-        holder = next((child for child in children if first in child.calls), None)
-        if first.outcome:
-            yield underway.popleft().result()
-        elif holder is None:
-            first.run_here()
-        elif call := take():
-            call.run_here()
-        else:
-            holder.collect(wait=True)
+def _here(function: Callable[[Any], Any], task: Any) -> Future:
+    """A call that this process has done."""
+    call: Future = Future()
+    try:
+        call.set_result(function(task))
+    except Exception as error:
+        call.set_exception(error)
+    return call
 
 
 @contextlib.contextmanager
@@ -138,102 +148,74 @@ RUNNERS: dict[str, Callable[[int], contextlib.AbstractContextManager[Runner]]] =
 }
 
 
-class _Call:
-    """A function and its argument, and in the end what came of it."""
+class _Child:
+    """A process that runs functions sent to it.
 
-    def __init__(self, function: Callable[[Any], Any], task: Any):
-        self.function, self.task = function, task
-        self.outcome: tuple[bool, Any] | None = None  # whether it went well, and the result or error
+    Of `multiprocessing` itself, forking breaks the threads of JAX, and spawning imports the main module
+    again, which costs seconds and, in a script without a guard, runs it.
+    """
 
-    def run_here(self) -> None:
-        """Does it in this process."""
-        self.outcome = _outcome(self.function, self.task)
+    def __init__(self) -> None:
+        self._pipe, theirs = multiprocessing.Pipe()
+        one = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", _SERVE, str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                env=os.environ | one,
+                stdin=subprocess.DEVNULL,
+                stdout=2,  # what a function prints is no output of ours
+            )
+        with contextlib.suppress(OSError):  # the first call tells that it died
+            self._pipe.send(sys.path)
 
-    def result(self) -> Any:
-        """The result; raises what the function raised."""
-        assert self.outcome
-        fine, result = self.outcome
+    def __call__(self, function: Callable[[Any], Any], task: Any) -> Any:
+        """The result; raises what the function raised, or RuntimeError where the process died."""
+        try:
+            self._pipe.send((function, task))
+            fine, result = self._pipe.recv()
+        except (EOFError, OSError):
+            died = f"a worker process died (exit status {self._process.wait()}) at {task}"
+            raise RuntimeError(died) from None
         if fine:
             return result
         raise result
 
-
-def _outcome(function: Callable[[Any], Any], task: Any) -> tuple[bool, Any]:
-    try:
-        return True, function(task)
-    except Exception as error:
-        return False, error
-
-
-class _Child:
-    """A process that runs functions sent to it.
-
-    Of `multiprocessing`, forking breaks the threads of JAX, and spawning imports the main module again,
-    which costs seconds and, in a script without a guard, runs it.  Results come in files without a name,
-    one for each call that is ahead: through a pipe, one of the two would wait for the other.
-    """
-
-    def __init__(self) -> None:
-        self.calls: collections.deque[_Call] = collections.deque()  # sent, and not yet answered
-        self._files = itertools.cycle([tempfile.TemporaryFile() for _ in range(AHEAD)])  # noqa: SIM115
-        files = [next(self._files).fileno() for _ in range(AHEAD)]
-        one = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-        self._process = subprocess.Popen([sys.executable, "-c", _SERVE, *map(str, files)], pass_fds=files,
-                                         env=os.environ | one, stdin=subprocess.PIPE,
-                                         stdout=subprocess.PIPE)  # fmt: skip
-        self._send(sys.path)
-
-    def prepare(self, function: Callable[[Any], Any]) -> None:
-        """Has it import what a function needs: until that is done, it holds all the calls that it may."""
-        while len(self.calls) < AHEAD:
-            self.start(_Call(callable, function))
-
-    def start(self, call: _Call) -> None:
-        """Sends a call."""
-        self.calls.append(call)
-        self._send((call.function, call.task))
-
-    def collect(self, wait: bool = False) -> None:
-        """Takes the outcomes that are there, after waiting for the first if asked to."""
-        assert self._process.stdout
-        while self.calls and (wait or select.select([self._process.stdout], [], [], 0)[0]):
-            call, wait = self.calls.popleft(), False
-            if os.read(self._process.stdout.fileno(), 1):
-                file = next(self._files)
-                file.seek(0)
-                call.outcome = pickle.load(file)
-            else:
-                died = f"a worker process died (exit status {self._process.wait()}) at {call.task}"
-                call.outcome = False, RuntimeError(died)
-
     def end(self) -> None:
-        """Ends the process, whatever it is doing."""
+        """Ends the process, whatever it is doing; who waits for it is told that it died."""
         self._process.kill()
         self._process.wait()
-        for file in (self._process.stdin, self._process.stdout, *(next(self._files) for _ in range(AHEAD))):
-            with contextlib.suppress(OSError):
-                file and file.close()
-
-    def _send(self, value: Any) -> None:
-        assert self._process.stdin
-        with contextlib.suppress(BrokenPipeError):  # `collect` tells that it died
-            self._process.stdin.write(pickle.dumps(value, protocol=5))
-            self._process.stdin.flush()
 
 
-def serve() -> None:
+class _Idle:
+    """The children that nobody is waiting for."""
+
+    def __init__(self, children: list[_Child]):
+        self.children = len(children)
+        self._queue: queue.SimpleQueue[_Child] = queue.SimpleQueue()
+        for child in children:
+            self._queue.put(child)
+
+    def call(self, function: Callable[[Any], Any], task: Any) -> Any:
+        """What the next idle child makes of a task."""
+        child = self._queue.get()
+        try:
+            return child(function, task)
+        finally:
+            self._queue.put(child)
+
+
+def serve(pipe: "Connection") -> None:
     """The life of a child: runs what it is sent, until the other end is closed or gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; whoever asked ends this one
-    answer = os.dup(1)
-    os.dup2(2, 1)  # what a function prints is no answer
-    with contextlib.suppress(EOFError, BrokenPipeError):
-        for file in itertools.cycle([os.fdopen(int(number), "r+b") for number in sys.argv[1:]]):
-            outcome = _outcome(*pickle.load(sys.stdin.buffer))
-            file.seek(0)
-            file.truncate()
-            pickle.dump(outcome, file, protocol=5)
-            file.flush()
-            os.write(answer, b".")
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            function, task = pipe.recv()
+            try:
+                outcome = True, function(task)
+            except Exception as error:
+                outcome = False, error
+            pipe.send(outcome)
 
 
 def once(store: "Store", name: str, key: str, work: Callable[[], tuple[dict[str, bytes], Any]]) -> Record:
