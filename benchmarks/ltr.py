@@ -2,20 +2,23 @@ r"""Published ranking data: our ranker beside boosted trees and what others publ
 
     python -m benchmarks.ltr --data=../shared/ltr [--quick] [--output=runs/ltr.json]
 
-OHSUMED keeps LETOR's protocol to the letter: fold i is tested on S(i), validated on S(i-1), and learns from
-the other three; its validation part alone (21 queries) chooses for it.  LightGBM's example has no validation
-part: its training queries are cut into five folds, the pooled held-out queries choose, and the mean of the
-five folds' models scores the test.  The number of epochs or trees is chosen on held-out queries too.
+OHSUMED comes in five parts; LETOR's fold i is tested on S(i), validated on S(i-1) and learns from the other
+three.  It is reported twice, of the same models.  LETOR's protocol: the validation part alone (21 queries)
+chooses, and is not learned from.  Cross-validated: each of the four parts that are not tested is held out
+once, their 85 queries together choose, and the mean of the four models scores the test part.  These are the
+data that LETOR grants a fold, but the validation part is learned from too, which is not to the letter.
+LightGBM's example has no validation part: its training queries are cut into five and cross-validated alike.
 
 So few queries can hardly tell one setting from another.  Each learner therefore has two rows: its best
-setting, and the mean of its best quarter of settings (each query's scores standardised).  Validation parts
-are not pooled over OHSUMED's folds: the one of fold i + 1 is the test part of fold i.  (They were, when the
-settings worth trying were listed, for us and for the trees.)
+setting, and the mean of its best quarter of settings (each query's scores standardised).  How many epochs or
+trees is part of a setting.  Our figure is the cross-validated best quarter, named before the test queries
+were scored.  Held-out queries are not pooled over LETOR's folds: those of one are the test part of another.
+They were, when the settings worth trying were listed, for us and for the trees: every part was then held out
+from models that did not learn from it, so no query is new to these lists.
 """
 
 import dataclasses
 import itertools
-import operator
 import pathlib
 import time
 from collections.abc import Callable, Iterator
@@ -37,24 +40,25 @@ from cotrr.errors import InputError
 from cotrr.evaluate import comparisons, figures
 from cotrr.evaluate.metrics import ndcg
 from cotrr.evaluate.report import figure_text, parts
-from cotrr.ranker import artifact, fitting, training
+from cotrr.ranker import artifact, encoding, fitting, training
 from cotrr.ranker.lanes import TrainConfig, make_lanes
 from experiments.terminal import say
 
 FLAGS = flags.FLAGS
 FOLDS = 5
+EPOCHS = (5, 10, 20)
 TREES = (10, 20, 40, 80, 160, 320)
 EXAMPLE = {
     "n_estimators": 100, "learning_rate": 0.1, "leaves": 31, "child": 50, "min_child_weight": 5.0,
     "subsample": 0.9, "max_bin": 255,
 }  # fmt: skip
 BASE = TrainConfig(
-    folds=0, groups="clip", image_components=300, text_components=0, image_size=1.0, epochs=30,
-    learning_rate=0.02, batch_queries=43, pointwise_weight=0.0, conflict_weight=0.0,
+    folds=0, groups="clip", image_components=300, text_components=0, image_size=1.0,
+    epochs=max(EPOCHS), learning_rate=0.02, batch_queries=32, pointwise_weight=0.0, conflict_weight=0.0,
 )  # fmt: skip
-LOGGED = partial(ndcg, k=10)
 OURS = "ours"
 MODEL = f"{OURS}, best quarter"  # the system whose differences are reported
+Systems = dict[str, np.ndarray]  # [Q, n] scores by name
 
 
 class Collection(NamedTuple):
@@ -67,18 +71,28 @@ class Collection(NamedTuple):
 
 
 class Round(NamedTuple):
-    """Which queries are learned from, which choose, and which are tested on; [Q] bool."""
+    """Which queries are learned from, which choose, and which are tested on; [Q] bool.
+
+    Rounds that test the same queries choose together, and the mean of their models scores these.
+    """
 
     learn: np.ndarray
     judge: np.ndarray
     test: np.ndarray
 
 
+class Tried(NamedTuple):
+    """What S settings made of the same queries to learn from."""
+
+    scores: np.ndarray  # [S, Q, n] standardised
+    ndcg: np.ndarray  # [S, Q]: only that of judging queries is looked at
+
+
 def define_flags() -> None:
     """Flags of this benchmark."""
     flags.DEFINE_string("data", None, "Folder with ohsumed/ and lightgbm/.")
     flags.DEFINE_string("output", None, "JSON file for the figures.")
-    flags.DEFINE_bool("quick", False, "Few settings, few epochs.")
+    flags.DEFINE_bool("quick", False, "Few settings.")
     flags.mark_flag_as_required("data")
 
 
@@ -113,47 +127,61 @@ def standardise(scores: np.ndarray, where: np.ndarray) -> np.ndarray:
 
 
 def our_settings(quick: bool) -> list[TrainConfig]:
-    """Linear lanes first, plain RankNet before all; then hidden layers, held loosely and tightly."""
-    order, both = {"lambda_power": 1.0}, {"lambda_power": 1.0, "ranknet_weight": 0.5, "softmax_weight": 0.5}
-    small = {"hidden": 16, "members": 2, "penalty": 0.003}
-    large = both | {"hidden": 32, "members": 3, "dropout": 0.4, "pointwise_weight": 1.0}
-    kinds: list[dict[str, Any]] = [
-        kind | {"penalty": p} for kind in ({}, order, both) for p in (0.003, 0.03, 0.3, 1.0)
-    ]
-    kinds += [small | kind | {"learning_rate": rate} for kind in (order, both) for rate in (0.01, 0.03)]
-    kinds += [large | {"penalty": p, "learning_rate": rate} for p in (0.001, 0.003) for rate in (0.05, 0.08)]
+    """Linear lanes first, plain RankNet before all; then hidden layers, by ListNet's loss alone."""
+    both = {"lambda_power": 1.0, "ranknet_weight": 0.5, "softmax_weight": 0.5}
+    listnet = {"ranknet_weight": 0.0, "softmax_weight": 1.0}
+    small = {"hidden": 16, "members": 2}
+    large = {"hidden": 32, "members": 3, "dropout": 0.4, "pointwise_weight": 1.0, "penalty": 0.003}
+    penalties = (0.003, 0.03, 0.3, 1.0)
+    kinds: list[dict[str, Any]] = [kind | {"penalty": p} for kind in ({}, both) for p in penalties]
+    kinds += [listnet | {"penalty": p} for p in (0.003, 0.03, 0.1, 0.3, 1.0, 3.0)]
+    pairs = itertools.product((0.003, 0.03), (0.01, 0.03))
+    kinds += [listnet | small | {"penalty": p, "learning_rate": rate} for p, rate in pairs]
+    kinds += [listnet | large | {"learning_rate": rate} for rate in (0.05, 0.08)]
     configs = [dataclasses.replace(BASE, **kind) for kind in kinds]
-    return [dataclasses.replace(config, epochs=3) for config in configs[::6]] if quick else configs
+    return configs[::4] if quick else configs
 
 
-def ours(data: Collection, at: Round, quick: bool) -> Iterator[np.ndarray]:
-    """[Q, n] scores by each of our settings; those of one width are lanes of one program."""
-    kept = np.flatnonzero(at.learn | at.judge)
-    development = fitting.Development(data.lists.take(kept), data.canonical_id[kept], at.judge[kept])
-    for _, group in itertools.groupby(our_settings(quick), key=lambda config: config.hidden):
+def ours(data: Collection, learn: np.ndarray, quick: bool) -> Iterator[np.ndarray]:
+    """[Q, n] scores by our settings after each of EPOCHS; those of one form are lanes of one program."""
+    # Training wants something to validate on: one query, which chooses nothing here.
+    kept = np.append(np.flatnonzero(learn), np.flatnonzero(~learn)[0])
+    development = fitting.Development(data.lists.take(kept), data.canonical_id[kept], ~learn[kept])
+    form = lambda config: (config.hidden, config.ranknet_weight)
+    for _, group in itertools.groupby(our_settings(quick), key=form):
         configs = list(group)
-        setup = fitting.set_up(development, configs[0], LOGGED)
+        setup = fitting.set_up(development, configs[0], lambda scores, y, where: jnp.float32(0))
         lanes = make_lanes(configs)
         state = training.init_lanes(setup.train, lanes)
-        for number in range(configs[0].epochs):
+        for number in range(max(EPOCHS)):
             state, _ = training.run_epoch(setup.train, state, jnp.asarray(number), lanes)
-        last = 0
-        for config in configs:
-            first, last = last, last + config.members
-            members = jax.tree.map(operator.itemgetter(slice(first, last)), state)
-            yield artifact.score(fitting.finish(setup, members, config, "lane", {}), data.lists).logit
+            if number + 1 in EPOCHS:
+                yield from score_lanes(setup, state, configs, data.lists)
+
+
+def score_lanes(
+    setup: fitting.Setup, state: training.State, configs: list[TrainConfig], lists: Lists
+) -> Iterator[np.ndarray]:
+    """[Q, n] mean score of each config's members, of lanes as they stand."""
+    params = jax.tree.map(lambda part: part[:, 0], state.params)  # of the only view
+    statistics = jax.tree.map(lambda part: np.repeat(part, len(state.key), axis=0), setup.statistics)
+    encoded = encoding.encode(lists, setup.vocabulary)
+    mask = encoding.mask_of(dataclasses.asdict(configs[0]))
+    scores = artifact.lane_scores(params, statistics, encoded, mask, hidden=configs[0].hidden)
+    last = np.cumsum([config.members for config in configs])
+    for members in np.split(np.asarray(scores.rank), last[:-1]):
+        yield members.mean(axis=0)
 
 
 def trees(fit: Callable[..., Callable], sizes: tuple[int, ...], children: tuple[float, ...]) -> Callable:
-    """Boosted trees of every setting, each with the number of trees that suits the judging queries best."""
+    """Boosted trees of every setting, with every number of trees."""
 
-    def learner(data: Collection, at: Round, quick: bool) -> Iterator[np.ndarray]:
-        settings = list(itertools.product((0.02, 0.05, 0.1), sizes, children))
+    def learner(data: Collection, learn: np.ndarray, quick: bool) -> Iterator[np.ndarray]:
+        settings = list(itertools.product((0.03, 0.1), sizes, children))
         for rate, size, child in settings[:2] if quick else settings:
-            predict = fit(*rows(data, at.learn), size, child, n_estimators=max(TREES), learning_rate=rate,
+            predict = fit(*rows(data, learn), size, child, n_estimators=max(TREES), learning_rate=rate,
                           subsample=0.8, colsample_bytree=0.8)  # fmt: skip
-            scores = [spread(data, partial(predict, count=count)) for count in TREES]
-            yield max(scores, key=lambda tried: np.nanmean(measure(tried, data)[at.judge]))
+            yield from (spread(data, partial(predict, count=count)) for count in TREES)
 
     return learner
 
@@ -197,43 +225,43 @@ LEARNERS = {
 }
 
 
-def combine(data: Collection, rounds: list[Round], tried: np.ndarray, pool: bool) -> dict[str, np.ndarray]:
-    """[Q, n] test scores by the best and by the best quarter of the settings, of `tried` [R, S, Q, n].
-
-    A round's own judging queries choose for it; with `pool`, those of all rounds choose for all.
-    """
-    held = [np.stack([measure(scores, data)[at.judge] for scores in of_round])
-            for at, of_round in zip(rounds, tried, strict=True)]  # fmt: skip
-    if pool:
-        held = [np.concatenate(held, axis=1)] * len(rounds)
-    result = {"best setting": np.zeros(tried.shape[2:]), "best quarter": np.zeros(tried.shape[2:])}
-    for at, scores, values in zip(rounds, tried, held, strict=True):
-        order = np.argsort(-np.nanmean(values, axis=1), kind="stable")
+def combine(rounds: list[Round], tried: dict[bytes, Tried]) -> Systems:
+    """[Q, n] test scores by the best and the best quarter of the settings; `tried` by `learn`, as bytes."""
+    found: dict[str, Any] = {"best setting": 0.0, "best quarter": 0.0}
+    for test in {at.test.tobytes(): at.test for at in rounds}.values():
+        folds = [(at.judge, tried[at.learn.tobytes()]) for at in rounds if (at.test == test).all()]
+        held = np.concatenate([models.ndcg[:, judge] for judge, models in folds], axis=1)
+        order = np.argsort(-np.nanmean(held, axis=1), kind="stable")
         for name, count in (("best setting", 1), ("best quarter", -(-len(order) // 4))):
-            result[name][at.test] += scores[order[:count]].mean(axis=0)[at.test]
-    return result
+            mean = np.mean([models.scores[order[:count]].mean(axis=0) for _, models in folds], axis=0)
+            found[name] = found[name] + np.where(test[:, None], mean, 0)
+    return found
 
 
-def compete(data: Collection, rounds: list[Round], pool: bool, quick: bool) -> dict[str, np.ndarray]:
-    """[Q, n] test scores of every system."""
-    systems, start, done = {}, time.monotonic(), 0
+def compete(data: Collection, protocols: dict[str, list[Round]], quick: bool) -> dict[str, Systems]:
+    """[Q, n] test scores of every system, by protocol; what several rounds learn from is learned once."""
+    learned = {at.learn.tobytes(): at.learn for rounds in protocols.values() for at in rounds}
+    systems: dict[str, Systems] = {protocol: {} for protocol in protocols}
+    plain = len(EPOCHS) * sum(config.ranknet_weight == 1 for config in our_settings(quick))
+    start, done = time.monotonic(), 0
     for name, learner in LEARNERS.items():
-        tried = []
-        for at in rounds:
-            tried.append([standardise(scores, data.lists.where) for scores in learner(data, at, quick)])
+        tried = {}
+        for key, learn in learned.items():
+            scores = [standardise(scores, data.lists.where) for scores in learner(data, learn, quick)]
+            tried[key] = Tried(np.stack(scores), np.stack([measure(values, data) for values in scores]))
             done += 1
-            left = (time.monotonic() - start) / done * (len(LEARNERS) * len(rounds) - done)
-            say(f"  {name}, round {len(tried)} of {len(rounds)}, about {left:.0f} s left")
-        if name == OURS:
-            plain = sum(not (c.lambda_power or c.softmax_weight) for c in our_settings(quick))
-            linear = combine(data, rounds, np.array(tried)[:, :plain], pool)
-            systems["our linear RankNet"] = linear["best setting"]
-        combined = combine(data, rounds, np.array(tried), pool)
-        systems |= {f"{name}, {which}": scores for which, scores in combined.items()}
+            left = (time.monotonic() - start) / done * (len(LEARNERS) * len(learned) - done)
+            say(f"  {name}, {len(tried)} of {len(learned)}, about {left:.0f} s left")
+        for protocol, rounds in protocols.items():
+            if name == OURS:
+                linear = {key: Tried(*(part[:plain] for part in models)) for key, models in tried.items()}
+                systems[protocol]["our linear RankNet"] = combine(rounds, linear)["best setting"]
+            found = combine(rounds, tried)
+            systems[protocol] |= {f"{name}, {which}": scores for which, scores in found.items()}
     return systems
 
 
-def report(title: str, systems: dict[str, np.ndarray], data: Collection, test: np.ndarray) -> dict[str, Any]:
+def report(title: str, systems: Systems, data: Collection, test: np.ndarray) -> dict[str, Any]:
     """nDCG@10 of every system, and how far our best quarter is ahead of each; intervals over queries."""
     engine = figures.engine(int(test.sum()), 0, 10_000)
     values = {name: measure(scores, data)[test] for name, scores in systems.items()}
@@ -254,30 +282,34 @@ def report(title: str, systems: dict[str, np.ndarray], data: Collection, test: n
 
 
 def ohsumed(folder: pathlib.Path, quick: bool) -> dict[str, Any]:
-    """The five folds of LETOR, beside what was published."""
+    """The five folds of LETOR by both protocols, beside what was published."""
     names = [f"S{i}" for i in range(1, FOLDS + 1)]
     data = read({name: folder / f"{name}.txt.gz" for name in names}, "query", letor=True)
-    parts_of = [(data.part == names[i - 1], data.part == name) for i, name in enumerate(names)]
-    rounds = [Round(~judge & ~test, judge, test) for judge, test in parts_of]
-    systems = compete(data, rounds, pool=False, quick=quick)
-    title = ("OHSUMED, five folds; gain 2^grade − 1, discount 1, 1, 1/log2(3), …, "
-             "a query without relevant documents counts 0")  # fmt: skip
-    result = report(title, systems, data, np.ones(len(data.part), bool))
+    part = [data.part == name for name in names]
+    pair = lambda judge, test: Round(~part[judge] & ~part[test], part[judge], part[test])
+    protocols = {"cross-validated": [pair(j, i) for i in range(FOLDS) for j in range(FOLDS) if i != j],
+                 "LETOR's protocol": [pair(i - 1, i) for i in range(FOLDS)]}  # fmt: skip
+    convention = ("gain 2^grade − 1, discount 1, 1, 1/log2(3), …, "
+                  "a query without relevant documents counts 0")  # fmt: skip
+    results = {
+        protocol: report(f"OHSUMED, {protocol}; {convention}", systems, data, np.ones(len(data.part), bool))
+        for protocol, systems in compete(data, protocols, quick).items()
+    }
     table = pyarrow.csv.read_csv(folder / "reference_algorithms.csv").to_pylist()
     published = {row["algorithm"]: row["ndcg@10"] for row in table if row["fold"] == "mean"}
     say("  published: " + ", ".join(f"{name} {value:.4f}" for name, value in published.items()))
-    return result | {"published": published}
+    return results | {"published": published}
 
 
 def example(folder: pathlib.Path, quick: bool) -> dict[str, Any]:
-    """LightGBM's own example, beside LightGBM with the settings that come with it."""
+    """LightGBM's own example, cross-validated, beside LightGBM with the settings that come with it."""
     data = read({name: folder / f"rank.{name}.gz" for name in ("train", "test")}, "none", letor=False)
     test = data.part == "test"
     fold = (unit_hash("query_id", data.lists.query_id, "ltr") * FOLDS).astype(int)
     rounds = [Round(~test & (fold != k), ~test & (fold == k), test) for k in range(FOLDS)]
-    systems = compete(data, rounds, pool=True, quick=quick)
+    systems = compete(data, {"cross-validated": rounds}, quick)["cross-validated"]
     systems["LightGBM, the example's settings"] = spread(data, fit_lightgbm(*rows(data, ~test), **EXAMPLE))
-    title = ("LightGBM's example; gain 2^grade − 1, discount 1/log2(rank + 1), "
+    title = ("LightGBM's example, cross-validated; gain 2^grade − 1, discount 1/log2(rank + 1), "
              "a query without gain is left out")  # fmt: skip
     return report(title, systems, data, test)
 

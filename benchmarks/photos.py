@@ -3,8 +3,8 @@ r"""How well the recipe ranks unseen photographs for unseen queries, by nested c
     python -m benchmarks.photos --input=runs/photos --flagfile=experiments/recipes/cotrr_lite.flags
 
 Pictures (by canonical_id) and queries are cut into K folds each.  Of the K × K models, each is developed
-(statistics, inner folds, epoch, calibration) without one fold of either, and scores just the rows of
-that fold pair.  Together they score every row, so complete lists are ranked out of fold.
+(statistics, inner folds, settings, epoch, calibration) without one fold of either, and scores just the
+rows of that fold pair.  Together they score every row, so complete lists are ranked out of fold.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from cotrr.evaluate import figures, probabilities, ranking
 from cotrr.evaluate.metrics import ndcg
 from cotrr.evaluate.ranking import System
 from cotrr.evaluate.report import figure_text
-from cotrr.ranker import artifact, encoding, features, fitting, training
+from cotrr.ranker import artifact, encoding, features, fitting, search, training
 from cotrr.ranker.lanes import TrainConfig, make_lanes
 from experiments.terminal import say
 
@@ -39,6 +39,8 @@ def define_flags() -> None:
     flags.DEFINE_string("output", None, "JSON file for the figures.")
     flags.DEFINE_integer("outer_folds", 3, "Folds of pictures and of queries.", lower_bound=2)
     flags.DEFINE_float("compliance_weight", 0.7, "λ of the label that our model learns (peers: compliance).")
+    flags.DEFINE_integer("configurations", 1, "How many to look at inside each outer fold, on its inner folds "
+                         "alone, the given one first.", lower_bound=1)  # fmt: skip
     flags.DEFINE_string("salt", "photos", "Key of the outer folds: another salt, other folds.")
     flags.DEFINE_bool("quick", False, "Two outer folds and ten epochs.")
     flags.DEFINE_bool("peers", False, "Boosted trees too, with the same folds (benchmarks/requirements.txt).")
@@ -53,13 +55,24 @@ def develop(lists: Lists, canonical_id: np.ndarray, where: np.ndarray, config: T
     setup = fitting.set_up(
         fitting.Development(part, canonical_id[kept], np.zeros(len(kept), bool)), config, partial(ndcg, k=10)
     )
-    lanes = make_lanes([config])
+    best, state = tune(setup, search.draw(config, FLAGS.configurations))
+    return fitting.finish(setup, state, best, "fold", {})
+
+
+def tune(setup: fitting.Setup, configs: list[TrainConfig]) -> tuple[TrainConfig, training.State]:
+    """The best of the configurations on the inner folds, by successive halving, and its state."""
+    lanes, first = make_lanes(configs), 0
     state = training.init_lanes(setup.train, lanes)
-    for number in range(config.epochs):
-        state, _ = training.run_epoch(setup.train, state, jnp.asarray(number), lanes)
-        if training.stopped(state, number + 1, config).all():
-            break
-    return fitting.finish(setup, state, config, "fold", {})
+    stages = search.rungs(len(configs), setup.config.epochs, 3)
+    for rung, following in zip(stages, [*stages[1:], search.Rung(1, 0)], strict=True):
+        for number in range(first, rung.last):
+            if training.stopped(state, number, setup.config).all():
+                break
+            state, _ = training.run_epoch(setup.train, state, jnp.asarray(number), lanes)
+        order = search.survivors(state, following.lanes)
+        configs, first = [configs[k] for k in order], rung.last
+        lanes, state = search.take(lanes, order), search.take(state, order)
+    return configs[0], state
 
 
 def main() -> None:

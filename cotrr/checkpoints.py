@@ -1,5 +1,6 @@
 """Orbax checkpoints of a training state (a tree of arrays, typed keys included)."""
 
+import contextlib
 import pathlib
 import shutil
 import warnings
@@ -37,9 +38,16 @@ class Checkpoints:
         try:
             saved = self._checkpointer.save(step, state, overwrite=True)
         except (OSError, ValueError, RuntimeError) as error:  # a full disk comes in any of these
+            self._reopen()
             raise OSError(f"{self._folder}: {error}") from error
         if not saved:
             raise OSError(f"{self._folder}: there is one later than step {step}")
+
+    def _reopen(self) -> None:
+        """Orbax raises the error of a save again at every later one, and as it is closed."""
+        with contextlib.suppress(OSError, ValueError, RuntimeError):
+            self._checkpointer.close()
+        self._checkpointer = self._open()
 
     def load(self, step: int, like: T) -> T:
         """The state of `step`; `like` is a freshly initialised state of the same shape."""

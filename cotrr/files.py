@@ -112,3 +112,16 @@ def locked(path: str | pathlib.Path) -> Iterator[None]:
         except OSError:
             raise InputError("another process writes here", file=path.parent) from None
         yield
+
+
+def append(path: pathlib.Path, data: bytes) -> None:
+    """Adds to the end of a file; where that fails (OSError), the file is as it was."""
+    before = path.stat().st_size if path.exists() else 0
+    try:
+        with open(path, "ab", buffering=0) as stream:
+            while data:  # a disk that is almost full takes a part
+                data = data[stream.write(data) :]
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.truncate(path, before)
+        raise

@@ -1,8 +1,12 @@
 """TensorBoard event files without TensorFlow: scalars, images, curves, text, HParams."""
 
+import io
+import os
 import pathlib
+import socket
 import struct
 import time
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,25 +21,46 @@ from tensorboard.plugins.hparams.api_pb2 import Status
 from tensorboard.plugins.image import metadata as image_metadata
 from tensorboard.plugins.pr_curve import metadata as pr_metadata
 from tensorboard.plugins.text.summary_v2 import text_pb
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
+from tensorboard.summary.writer.record_writer import RecordWriter
+
+from cotrr import files
 
 THRESHOLDS = 127  # of a precision–recall curve
 
 
 class SummaryWriter:
-    """Writes one event file into `logdir`; use it as a context manager."""
+    """Writes one event file into `logdir`; use it as a context manager.
+
+    Events that cannot be written, as on a full disk, are lost with one warning, and later ones go on.
+    TensorBoard's own writer ends for good with the first, for its thread does.
+    """
 
     def __init__(self, logdir: str | pathlib.Path):
-        self._writer = EventFileWriter(str(logdir))
+        # TensorBoard reads the files of a folder in the order of their names.
+        name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
+        self._path = pathlib.Path(logdir) / name
+        self._head = _record(Event(wall_time=time.time(), file_version="brain.Event:2"))
+        self._failing = False
 
     def __enter__(self) -> "SummaryWriter":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._writer.close()
+        pass  # every event is in the file already
 
     def _add(self, summary: Summary, step: int) -> None:
-        self._writer.add_event(Event(wall_time=time.time(), step=step, summary=summary))
+        self._write(Event(wall_time=time.time(), step=step, summary=summary))
+
+    def _write(self, event: Event) -> None:
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            files.append(self._path, self._head + _record(event))
+            self._head, self._failing = b"", False
+        except OSError as error:
+            if not self._failing:
+                told = f"{self._path}: events from step {event.step} on are lost: {error.strerror or error}"
+                warnings.warn(told, stacklevel=2)
+            self._failing = True
 
     def scalars(self, values: Mapping[str, Any], step: int) -> None:
         """Numbers by tag; undefined ones (NaN) leave a gap in the curve."""
@@ -47,7 +72,7 @@ class SummaryWriter:
     def restart(self, step: int) -> None:
         """A killed run goes on from `step`: what it had written from there on is not shown."""
         log = SessionLog(status=SessionLog.START)
-        self._writer.add_event(Event(wall_time=time.time(), step=step, session_log=log))
+        self._write(Event(wall_time=time.time(), step=step, session_log=log))
 
     def histogram(self, tag: str, values: Any, step: int) -> None:
         """The distribution of an array."""
@@ -96,3 +121,10 @@ class SummaryWriter:
             tag=metadata.SESSION_END_INFO_TAG, metadata=metadata.create_summary_metadata(content)
         )
         self._add(Summary(value=[value]), 0)
+
+
+def _record(event: Event) -> bytes:
+    """An event as it stands in a file, between its length and its checksums."""
+    stream = io.BytesIO()
+    RecordWriter(stream).write(event.SerializeToString())
+    return stream.getvalue()

@@ -16,7 +16,7 @@ import numpy as np
 from absl import flags
 
 from cotrr import files
-from cotrr.config import dataclass_from_flags, launch
+from cotrr.config import launch
 from cotrr.data import certificate, dataset
 from cotrr.data.contract import ATTRIBUTES, GROUPS
 from cotrr.data.lists import Lists
@@ -31,6 +31,7 @@ from experiments.loop import Loop
 from experiments.terminal import done, say
 
 FLAGS = flags.FLAGS
+QUICK = {"folds": 3, "epochs": 8, "members": 1}
 FULL = "full"
 SHOWN = ("compliance@1", "compliance@3", "ndcg@10")
 LOSSES = {
@@ -73,13 +74,8 @@ def variants(config: TrainConfig, lists: Lists) -> dict[str, TrainConfig]:
 
 def main() -> None:
     """Trains all ablations, judges them, writes the tables."""
-    workdir, config, resamples = (
-        pathlib.Path(FLAGS.workdir),
-        dataclass_from_flags(TrainConfig),
-        FLAGS.resamples,
-    )
-    if FLAGS.quick:
-        config, resamples = dataclasses.replace(config, folds=3, epochs=8, members=1), 1000
+    workdir, config = pathlib.Path(FLAGS.workdir), loop.config_from_flags(QUICK)
+    resamples = 1000 if FLAGS.quick else FLAGS.resamples
     test = dataset.read(FLAGS.data, "test")
     judged, kind = loop.labelled_lists(test, FLAGS.data, "test")
     with loop.opened("ablate", config) as (setup, passport):

@@ -19,14 +19,14 @@ from absl import flags
 
 from cotrr import devices, files
 from cotrr.checkpoints import Checkpoints
-from cotrr.config import flags_from_dataclass
+from cotrr.config import dataclass_from_flags, flags_from_dataclass
 from cotrr.data import certificate, dataset
 from cotrr.data.lists import Lists, to_lists
 from cotrr.errors import InputError
 from cotrr.evaluate import plots, scoring
 from cotrr.evaluate.calibration import bin_of, bin_sums
 from cotrr.evaluate.metrics import ndcg
-from cotrr.ranker import artifact, fitting, training
+from cotrr.ranker import artifact, calibration, fitting, training
 from cotrr.ranker.fitting import Development, Setup
 from cotrr.ranker.lanes import Hyperparameters, Lanes, TrainConfig
 from cotrr.ranker.training import State
@@ -84,6 +84,17 @@ def define_flags(quick: str) -> None:
         FLAGS.register_key_flag_for_module(sys.argv[0], FLAGS[name])  # else --help does not show it
     flags_from_dataclass(TrainConfig)
     flags.mark_flags_as_required(["data", "workdir"])
+
+
+def config_from_flags(quick: Mapping[str, Any]) -> TrainConfig:
+    """The training settings of the flags; with --quick, those of `quick` that the command line leaves open.
+
+    A flagfile's give way: a recipe names every setting.
+    """
+    config = dataclass_from_flags(TrainConfig)
+    given = {argument.lstrip("-").partition("=")[0] for argument in sys.argv if argument.startswith("-")}
+    changes = {name: value for name, value in quick.items() if name not in given}
+    return dataclasses.replace(config, **changes) if FLAGS.quick else config
 
 
 @contextlib.contextmanager
@@ -163,16 +174,19 @@ def provenance(state: State, passport: dict) -> dict[str, Any]:
 
 
 def describe(writer: SummaryWriter, setup: Setup, model: artifact.Model) -> None:
-    """A model's settings, and how well both heads are calibrated on held-out rows, in TensorBoard."""
+    """A model's settings, and how well both heads are calibrated on held-out rows, in TensorBoard.
+
+    What is drawn of a fold comes from a calibrator of the same kind that has not seen it.
+    """
     writer.text("config", "\n".join(f"    {k}: {v}" for k, v in model.config.items()))
     held = fitting.held_out(setup, model)
-    fitted, known = model.calibration, ~np.isnan(held.is_conflict)
-    heads = {"rank": (fitted.rank(held.rank), held.y),
-             "conflict": (fitted.conflict(held.conflict)[known], held.is_conflict[known])}  # fmt: skip
-    for head, (predicted, observed) in heads.items():
-        if len(predicted):
-            writer.image(f"calibration/{head}", plots.reliability(_bins(predicted, observed), head))
-        choice = fitted.choices[head]
+    heads = {"rank": (held.rank, held.y), "conflict": (held.conflict, held.is_conflict)}
+    for head, (logits, observed) in heads.items():
+        choice, known = model.calibration.choices[head], ~np.isnan(observed)
+        if known.any():
+            fit = calibration.CALIBRATORS[choice.kind]
+            predicted = calibration.cross_fitted(logits[known], observed[known], held.fold[known], fit)
+            writer.image(f"calibration/{head}", plots.reliability(_bins(predicted, observed[known]), head))
         losses = "\n".join(f"| {kind} | {loss:.4f} |" for kind, loss in choice.log_loss.items())
         writer.text(f"calibrators/{head}", f"chosen: {choice.kind}\n\n| kind | cross-validated log-loss |\n"
                     f"|---|---:|\n{losses}")  # fmt: skip
@@ -188,8 +202,8 @@ class Loop:
     """Epochs of V lanes; use it as a context manager.
 
     Writes a line an epoch to epochs.jsonl and checkpoints, at intervals and when the process is told
-    to end (SIGTERM), into `folder`; and a TensorBoard run for each lane.  `names` are the lanes'
-    numbers where they are not 0, 1, ….  A lane whose loss is not finite ends the run, or, where it is
+    to end (SIGTERM) in an epoch, into `folder`; and a TensorBoard run for each lane.  `names` are the
+    lanes' numbers where they are not 0, 1, ….  A lane whose loss is not finite ends the run, or, where it is
     not `strict`, keeps its best epoch before.
     """
 
@@ -205,7 +219,7 @@ class Loop:
         self._lanes = [(config, k) for config in configs for k in range(config.members)]
         self._names = list(range(len(self._lanes))) if names is None else names
         self._strict, self._lost = strict, set[int]()
-        self._told_to_end = False
+        self._told_to_end, self._way_on = False, "go on with --resume"
         self._writers: list[SummaryWriter] = []  # of the first process alone
 
     def __enter__(self) -> "Loop":
@@ -215,7 +229,6 @@ class Loop:
                 enter = lambda name: stack.enter_context(SummaryWriter(self._folder / "tensorboard" / name))
                 self.writer = enter("")
                 self._writers = [enter(f"lane-{name:03d}") for name in self._names]
-            stack.enter_context(_on_sigterm(self._end))
             self._stack = stack.pop_all()
         return self
 
@@ -238,9 +251,9 @@ class Loop:
             say(f"resuming after epoch {reached}")
         path, there = self._folder / "epochs.jsonl", list[bytes]()
         if devices.primary():
-            there = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+            there = path.read_bytes().splitlines() if path.exists() else []
             with files.replacing(path) as temporary:
-                temporary.write_bytes(b"".join(line for line in there if _epoch_of(line) <= reached))
+                temporary.write_bytes(b"".join(line + b"\n" for line in there if _epoch_of(line) <= reached))
         for (config, member), writer in zip(self._lanes, self._writers, strict=False):
             if there:
                 writer.restart(reached + 1)
@@ -251,8 +264,16 @@ class Loop:
     def run(self, setup: Setup, lanes: Lanes, state: State, first: int, last: int) -> State:
         """Epochs first + 1, …, last, or fewer where every lane has stopped.
 
-        Raises InputError where a loss is not finite.
+        Raises InputError where a loss is not finite; ends the process where it was told to end meanwhile.
         """
+        with _on_sigterm(self._end):
+            state = self._epochs(setup, lanes, state, first, last)
+        if devices.agree(self._told_to_end):
+            say(f"told to end: {self._way_on}")
+            sys.exit(128 + signal.SIGTERM)
+        return state
+
+    def _epochs(self, setup: Setup, lanes: Lanes, state: State, first: int, last: int) -> State:
         config, clock = setup.config, _Clock(first, last)
         for number in range(first, last):
             before = np.asarray(training.stopped(state, number, config))
@@ -271,7 +292,8 @@ class Loop:
                 self._log(metrics, number + 1)
             except OSError as error:  # a full disk costs a line of the log, not the run
                 warn(f"epoch {number + 1} is not logged: {error}")
-            self._keep(state, number + 1, over)
+            if self._keep(state, number + 1, over):
+                break
         return state
 
     def _check_finite(
@@ -284,6 +306,9 @@ class Loop:
             return
         for lane, view in np.argwhere(~fine):
             told = self._broken(metrics, lane, view, number)
+            if self._strict and number == 0 and metrics["broken_step"][lane, view] == 0:
+                # Nothing has been learned yet, at whatever rate.
+                raise InputError(told, remedy="Labels or weights of the loss may be too large")
             if self._strict:
                 raise InputError(told, field="--learning_rate", remedy="It may be too high")
             if lane not in self._lost:
@@ -305,28 +330,28 @@ class Loop:
         means = {name: _nanmean(values) for name, values in metrics.items() if name != "broken_step"}
         record = {"epoch": epoch, "lanes": list(self._names)}
         record |= {name: values.round(6).tolist() for name, values in means.items()}
-        with open(self._folder / "epochs.jsonl", "a") as log:
-            log.write(json.dumps(files.finite(record)) + "\n")
         tag = lambda name: name.replace("_", "/", 1) if name.startswith("validation_") else f"train/{name}"
         for row, writer in enumerate(self._writers):
             writer.scalars({tag(name): values[row] for name, values in means.items()}, epoch)
+        files.append(self._folder / "epochs.jsonl", f"{json.dumps(files.finite(record))}\n".encode())
 
-    def _keep(self, state: State, epoch: int, last: bool) -> None:
-        """A checkpoint where one is due; one that cannot be written costs no more than an interval."""
+    def _keep(self, state: State, epoch: int, last: bool) -> bool:
+        """A checkpoint where one is due; whether the process was told to end.
+
+        One that cannot be written costs no more than an interval.
+        """
         told_to_end = devices.agree(self._told_to_end)
         if not (last or told_to_end or epoch % self._every == 0):
-            return
-        end = f"told to end: epoch {epoch} is kept; go on with --resume"
+            return False
         try:
             self._kept.save(epoch, state)
+            self._way_on = f"epoch {epoch} is kept; go on with --resume"
         except OSError as error:
             warn(f"no checkpoint after epoch {epoch}: {error}")
-            end = "told to end: --resume goes on from the checkpoint before"
+            self._way_on = "--resume goes on from the checkpoint before"
         if self._writers:
             _log_parameters(self._writers[0], jax.tree.map(lambda leaf: leaf[0], state.params), epoch)
-        if told_to_end:
-            say(end)
-            sys.exit(128 + signal.SIGTERM)
+        return told_to_end
 
 
 class _Clock:

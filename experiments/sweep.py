@@ -17,7 +17,7 @@ import numpy as np
 from absl import flags
 
 from cotrr import files
-from cotrr.config import dataclass_from_flags, launch
+from cotrr.config import launch
 from cotrr.ranker import artifact, fitting, search, training
 from cotrr.ranker.lanes import TrainConfig, make_lanes
 from cotrr.ranker.training import State
@@ -42,10 +42,8 @@ def define_flags() -> None:
 
 def main() -> None:
     """Draws, halves, trains the finalists, saves the best."""
-    workdir, count = pathlib.Path(FLAGS.workdir), FLAGS.configurations
-    config = dataclass_from_flags(TrainConfig)
-    if FLAGS.quick:
-        config, count = dataclasses.replace(config, **QUICK), 8
+    workdir, config = pathlib.Path(FLAGS.workdir), loop.config_from_flags(QUICK)
+    count = 8 if FLAGS.quick else FLAGS.configurations
     more = {"configurations": count, "rungs": FLAGS.rungs, "finalists": FLAGS.finalists}
     with loop.opened("sweep", config, **more) as (setup, passport):
         configs = search.draw(config, count)
@@ -119,7 +117,7 @@ def crown(
         with Loop(workdir, configs, FLAGS.checkpoint_every, strict=False) as epochs:
             state, first = epochs.begin(training.init_lanes(setup.train, lanes))
             state = epochs.run(setup, lanes, state, first, setup.config.epochs)
-        best = int(np.asarray(state.best_metric).reshape(-1, members).mean(axis=1).argmax())
+        best = search.survivors(state, 1, members)[0]
     state = search.take(state, range(best * members, (best + 1) * members))
     facts = loop.provenance(state, passport) | {"configurations": looked_at}
     model = fitting.finish(setup, state, configs[best], workdir.name, facts)

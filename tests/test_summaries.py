@@ -1,8 +1,11 @@
 """Event files: written without TensorFlow, read back by TensorBoard's own reader."""
 
+import contextlib
 import io
+import resource
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -13,7 +16,19 @@ from tensorboard.compat.proto.summary_pb2 import SummaryMetadata
 from tensorboard.plugins.hparams import plugin_data_pb2
 from tensorboard.util.tensor_util import make_ndarray
 
+from cotrr.files import append
 from cotrr.summaries import SummaryWriter
+
+
+@contextlib.contextmanager
+def disk_full_at(size):
+    """No file of this process grows beyond `size` bytes: the kernel takes what fits, then fails."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def read(logdir):
@@ -110,8 +125,42 @@ def test_hparams_make_one_finished_row(tmp_path):
     assert end.end_time_secs > 1.7e9
 
 
+def test_what_a_full_disk_took_a_part_of_is_not_there(tmp_path):
+    path = tmp_path / "log"
+    append(path, b"one\n")
+    with disk_full_at(6), pytest.raises(OSError, match="too large"):
+        append(path, b"two\n")
+    assert path.read_bytes() == b"one\n"
+    append(path, b"three\n")
+    assert path.read_bytes() == b"one\nthree\n"
+
+
+@pytest.mark.parametrize("room", [0, 5, 30])
+def test_a_full_disk_costs_the_events_meanwhile_and_a_warning_each_time(tmp_path, room):
+    with SummaryWriter(tmp_path) as writer:
+        for lost, written in (((0,), (1, 2)), ((3, 4, 5), (6,)), ((7,), (8,))):
+            size = sum(path.stat().st_size for path in tmp_path.iterdir())
+            with disk_full_at(size + room), warnings.catch_warnings(record=True) as told:
+                warnings.simplefilter("always")
+                for step in lost:
+                    writer.scalars({"loss": step}, step)
+            (warning,) = told
+            assert f"from step {lost[0]} on are lost: File too large" in str(warning.message)
+            for step in written:
+                writer.scalars({"loss": step}, step)
+    assert [event.step for event in read(tmp_path).Scalars("loss")] == [1, 2, 6, 8]
+
+
+def test_several_writers_of_a_folder_are_read_in_their_order(tmp_path):
+    for step in range(12):
+        with SummaryWriter(tmp_path) as writer:
+            writer.scalars({"loss": step}, step)
+    assert [event.step for event in read(tmp_path).Scalars("loss")] == list(range(12))
+
+
 SCRIPT = """
 import sys
+import warnings
 sys.modules["tensorflow"] = None  # importing it fails, whether it is installed or not
 from cotrr.summaries import SummaryWriter
 with SummaryWriter(sys.argv[1]) as writer:

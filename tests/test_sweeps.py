@@ -46,6 +46,24 @@ def test_a_sweep_finds_a_recipe_and_can_be_resumed(data, tmp_path):
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-5)
 
 
+def test_finalists_are_trained_with_several_seeds(data, tmp_path):
+    said = launch("sweep", f"--data={data}", f"--workdir={tmp_path / 'm'}", "--quick", "--image_components=8",
+                  "--members=2", "--bagging=1", "--finalists=2", "--rungs=2")  # fmt: skip
+    assert "2 finalists with 2 seeds each" in said
+    model = artifact.load(tmp_path / "m")
+    assert model.config["members"] == 2 and model.final.sum() == 2
+    weights = np.asarray(model.params["params"]["query_weights"])[model.final]
+    assert np.abs(weights[0] - weights[1]).max() > 1e-3
+
+
+def test_a_configuration_whose_loss_is_not_finite_is_lost_and_the_sweep_goes_on(data, tmp_path):
+    said = launch("sweep", f"--data={data}", f"--workdir={tmp_path / 'm'}", "--quick", "--image_components=8",
+                  "--learning_rate=1e30", "--rungs=1")  # fmt: skip  # the given one is the first
+    found = json.loads((tmp_path / "m" / "sweep.json").read_text())
+    assert "the loss of lane 0" in said and found["best"][0] != 0
+    assert np.isfinite(np.asarray(artifact.load(tmp_path / "m").params["params"]["query_weights"])).all()
+
+
 def test_ablations_are_compared_with_the_full_model(data, tmp_path):
     launch("ablate", f"--data={data}", f"--workdir={tmp_path / 'a'}", "--quick", "--image_components=16")
     found = json.loads((tmp_path / "a" / "ablation.json").read_text())

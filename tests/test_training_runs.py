@@ -1,21 +1,26 @@
 """Training as a command: nothing is lost when it dies, and several processes do what one does."""
 
 import json
+import os
 import pathlib
-import random
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import time
 
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.commands import launch, make_data, start
+from cotrr.checkpoints import Checkpoints
+from cotrr.ranker import fitting
+from tests.commands import ROOT, launch, make_data, run, start
 
 pytestmark = pytest.mark.usefixtures("unoptimised")
-SETTINGS = ["--folds=3", "--epochs=12", "--image_components=16", "--checkpoint_every=4", "--hidden=4",
+EPOCHS = 20
+SETTINGS = ["--folds=3", f"--epochs={EPOCHS}", "--image_components=16", "--checkpoint_every=4", "--hidden=4",
             "--dropout=0.1", "--members=2"]  # fmt: skip
 
 
@@ -37,75 +42,195 @@ def start_training(data, folder, *more):
     return start("train", f"--data={data}", f"--workdir={folder}", *SETTINGS, *more)
 
 
-def assert_same_model(one, other):
+def logged(folder):
+    """What a run has logged."""
+    return [json.loads(line) for line in (folder / "epochs.jsonl").read_text().splitlines()]
+
+
+def assert_same_model(one, other, lost=()):
+    """`lost` are epochs that the other has not logged."""
     weights = [np.load(folder / "weights.npz") for folder in (one, other)]
     assert weights[0].files == weights[1].files
     for key in weights[0].files:
         np.testing.assert_array_equal(weights[0][key], weights[1][key], err_msg=key)
-    epochs = [[json.loads(line) for line in (folder / "epochs.jsonl").read_text().splitlines()]
-              for folder in (one, other)]  # fmt: skip
-    assert epochs[0] == epochs[1]
+    assert [record for record in logged(one) if record["epoch"] not in lost] == logged(other)
 
 
-def wait_for(path, process):
-    """Until there is such a file, or the process has ended."""
-    while process.poll() is None and not list(path.parent.glob(path.name)):
-        time.sleep(0.01)
+def log_of(folder):
+    """The file that is a run's log, by its number, and how many epochs it holds."""
+    path = folder / "epochs.jsonl"
+    return (path.stat().st_ino, path.read_bytes().count(b"\n")) if path.exists() else (0, 0)
 
 
-def test_a_run_killed_at_random_moments_ends_in_the_same_bits(data, straight, tmp_path):
-    folder, rng = tmp_path / "model", random.Random(0)
-    process = start_training(data, folder)
-    wait_for(folder / "checkpoints" / "4", process)
-    for _ in range(3):
-        time.sleep(rng.uniform(0, 1.5))
-        process.kill()
-        process.communicate()
+def kept(folder):
+    """The epoch of the latest checkpoint, and whether one is being written."""
+    names = [path.name for path in (folder / "checkpoints").glob("*")]
+    return max((int(name) for name in names if name.isdigit()), default=0), any(
+        "orbax-checkpoint-tmp" in name for name in names
+    )
+
+
+def stop_when(process, holds):
+    """Stops a process at a moment when `holds()`."""
+    while process.poll() is None:
+        if holds():
+            process.send_signal(signal.SIGSTOP)
+            os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+            if holds():
+                return
+            process.send_signal(signal.SIGCONT)
+        time.sleep(0.001)
+    pytest.fail(f"it was over too early: {process.communicate()[0]}")
+
+
+def test_a_run_killed_as_it_trains_and_saves_ends_in_the_same_bits(data, straight, tmp_path):
+    folder = tmp_path / "model"
+
+    def killed(least, saving):
+        (before, _), (latest, _) = log_of(folder), kept(folder)
         process = start_training(data, folder, "--resume")
-        wait_for(folder / "epochs.jsonl", process)
-    said, _ = process.communicate()
-    assert process.returncode == 0, said
+
+        def holds():
+            log, epochs = log_of(folder)  # a run that is resumed begins the file anew
+            return log != before and epochs > max(least, latest) and saving in (None, kept(folder)[1])
+
+        stop_when(process, holds)
+        process.kill()
+        said, _ = process.communicate()
+        assert process.returncode == -signal.SIGKILL, said
+        assert holds() and log_of(folder)[1] < EPOCHS and not (folder / "model.json").exists()
+
+    killed(least=0, saving=True)
+    killed(least=5, saving=None)
+    killed(least=12, saving=True)
+    assert "resuming" in launch("train", f"--data={data}", f"--workdir={folder}", *SETTINGS, "--resume")
     assert_same_model(straight, folder)
 
 
 def test_a_run_told_to_end_keeps_its_epoch_and_goes_on(data, straight, tmp_path):
     folder = tmp_path / "model"
     process = start_training(data, folder, "--checkpoint_every=1000")
-    wait_for(folder / "epochs.jsonl", process)
-    while not (folder / "epochs.jsonl").read_text().count("\n"):
-        time.sleep(0.01)
+    stop_when(process, lambda: log_of(folder)[1] > 0)
     process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGCONT)
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM and "go on with --resume" in said
-    assert list((folder / "checkpoints").iterdir()) and not (folder / "model.json").exists()
+    assert 0 < kept(folder)[0] < EPOCHS and not (folder / "model.json").exists()
     launch("train", f"--data={data}", f"--workdir={folder}", *SETTINGS, "--resume", "--checkpoint_every=1000")
     assert_same_model(straight, folder)
+
+
+@pytest.fixture
+def sigterm():
+    """What this process does when it is told to end, while a test runs."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended at once"))
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.usefixtures("sigterm")
+def test_a_run_told_to_end_after_its_epochs_ends_too(data, straight, tmp_path, monkeypatch):
+    folder, save = tmp_path / "model", Checkpoints.save
+    call = ("train", f"--data={data}", f"--workdir={folder}", *SETTINGS, "--resume")
+
+    def told(checkpoints, step, state):
+        save(checkpoints, step, state)
+        if step == EPOCHS:
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", told)
+        assert f"epoch {EPOCHS} is kept" in launch(*call, fails=128 + signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        patch.setattr(fitting, "finish", lambda *_: signal.raise_signal(signal.SIGTERM))
+        assert run(*call).status == "ended at once"
+    launch(*call)
+    assert_same_model(straight, folder)
+
+
+TRAIN_ON_A_DISK_THAT_IS_FULL_FOR_A_WHILE = """
+import contextlib
+from cotrr.config import launch
+from cotrr.ranker import training
+from experiments import train
+from tests.test_summaries import disk_full_at
+
+full, run_epoch = contextlib.ExitStack(), training.run_epoch
+
+def disturbed(views, state, number, lanes):
+    if number == 5:
+        full.enter_context(disk_full_at(10))
+    if number == 10:
+        full.close()
+    return run_epoch(views, state, number, lanes)
+
+training.run_epoch = disturbed
+launch(train.main, train.define_flags)
+"""
+
+
+def test_a_full_disk_costs_what_was_to_be_written_meanwhile(data, straight, tmp_path):
+    folder = tmp_path / "model"
+    done = subprocess.run(
+        [sys.executable, "-c", TRAIN_ON_A_DISK_THAT_IS_FULL_FOR_A_WHILE, f"--data={data}",
+         f"--workdir={folder}", *SETTINGS],
+        cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True,
+    )  # fmt: skip
+    said = done.stderr
+    assert done.returncode == 0, said
+    assert "no checkpoint after epoch 8" in said and "no checkpoint after epoch 12" not in said
+    assert said.count("on are lost") == 2  # of each lane
+    lost = range(6, 11)
+    assert [f"epoch {epoch} is not logged" in said for epoch in range(5, 12)] == [False, *[True] * 5, False]
+    assert_same_model(straight, folder, lost)
+    assert kept(folder) == (EPOCHS, False)
+    for lane in ("lane-000", "lane-001"):
+        events = EventAccumulator(str(folder / "tensorboard" / lane))
+        events.Reload()
+        steps = [event.step for event in events.Scalars("train/total")]
+        assert steps == [epoch for epoch in range(1, EPOCHS + 1) if epoch not in lost]
 
 
 def test_a_damaged_checkpoint_costs_one_interval(data, straight, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(straight, folder)
     (folder / "model.json").unlink()
-    for path in (folder / "checkpoints" / "12").rglob("*"):
+    for path in (folder / "checkpoints" / str(EPOCHS)).rglob("*"):
         if path.is_file() and path.stat().st_size > 100:
             path.write_bytes(path.read_bytes()[:50])
     process = start_training(data, folder, "--resume")
     said, _ = process.communicate()
-    assert process.returncode == 0 and "is damaged" in said and "resuming after epoch 8" in said
+    assert process.returncode == 0 and "is damaged" in said and f"resuming after epoch {EPOCHS - 4}" in said
     assert_same_model(straight, folder)
 
 
 def test_other_settings_are_not_resumed(data, straight):
-    said = launch("train", f"--data={data}", f"--workdir={straight}", *SETTINGS, "--epochs=13", "--resume",
+    said = launch("train", f"--data={data}", f"--workdir={straight}", *SETTINGS, "--epochs=21", "--resume",
                   fails=2)  # fmt: skip
     assert "other settings" in said
 
 
-def test_a_loss_that_is_not_finite_is_named(data, tmp_path):
-    said = launch("train", f"--data={data}", f"--workdir={tmp_path / 'm'}", "--quick", "--learning_rate=1e30",
-                  fails=2)  # fmt: skip
-    for part in ("lane 0", "step ", "of epoch ", "--learning_rate=1e+30", "--penalty=0.16"):
+@pytest.mark.parametrize(
+    ("setting", "parts"),
+    [
+        ("--learning_rate=1e30", ["lane 0", "step ", "of epoch ", "--learning_rate=1e+30", "--penalty=0.16"]),
+        ("--pointwise_weight=3.4e38", ["step 1 of epoch 1", "weights of the loss may be too large"]),
+    ],
+)
+def test_a_loss_that_is_not_finite_is_named(data, tmp_path, setting, parts):
+    said = launch("train", f"--data={data}", f"--workdir={tmp_path / 'm'}", "--quick", setting, fails=2)
+    for part in parts:
         assert part in said
+    assert ("It may be too high" in said) == ("learning_rate" in setting)
+
+
+def test_quick_settings_give_way_to_those_of_the_command_line(data, tmp_path):
+    (tmp_path / "recipe").write_text("--members=4\n--epochs=60\n--folds=5\n")
+    launch("train", f"--data={data}", f"--workdir={tmp_path / 'm'}", f"--flagfile={tmp_path / 'recipe'}",
+           "--quick", "--epochs=2", "--members", "2", "--hidden=4", "--learning_rate=1e30",
+           fails=2)  # fmt: skip
+    settings = json.loads((tmp_path / "m" / "config.json").read_text())
+    assert [settings[name] for name in ("members", "epochs", "folds")] == [2, 2, 3]
 
 
 def test_two_processes_train_what_one_does(data, straight, tmp_path):
@@ -133,7 +258,7 @@ def test_each_lane_has_its_curves(straight):
     lanes = [scalars(straight / "tensorboard" / f"lane-{k:03d}") for k in range(2)]
     for lane in lanes:
         assert {"train/total", "train/gradient_norm", "train/update_norm", "validation/loss"} <= lane.keys()
-        assert len(lane["train/total"]) == 12
+        assert len(lane["train/total"]) == EPOCHS
     assert lanes[0]["train/total"] != lanes[1]["train/total"]
     events = EventAccumulator(str(straight / "tensorboard"))
     events.Reload()

@@ -6,7 +6,7 @@ import numpy as np
 
 from cotrr.data.lists import Lists
 from cotrr.evaluate import auc, bootstrap, calibration, intervals
-from cotrr.evaluate.figures import Engine, Figure, Ratio, missing
+from cotrr.evaluate.figures import Engine, Figure, Ratio, mean, missing
 
 
 class Judged(NamedTuple):
@@ -173,10 +173,16 @@ def score_calibration(engine: Engine, score: np.ndarray, lists: Lists) -> dict[s
 
 
 def coverage(engine: Engine, low: np.ndarray, high: np.ndarray, lists: Lists) -> dict[str, Any]:
-    """How often the 95 % interval [Q, n] of the calibrated score holds the label, and its width."""
+    """How often the 95 % interval [Q, n] of the calibrated score holds the label, and its width.
+
+    A query counts once, however long its list: that is what the intervals promise.  `by_label` counts
+    every label once.
+    """
     where = lists.labelled
     y, total = np.where(where, lists.y, 0.0), where.sum(axis=1).astype(float)
     inside = np.where(where, (low <= y) & (y <= high), 0).sum(axis=1).astype(float)
     width = np.where(where, high - low, 0.0).sum(axis=1)
-    held, wide = engine.figures([Ratio(inside, total, (0, 1)), Ratio(width, total, (0, 1))])
-    return {"coverage": held, "width": wide, "nominal": 0.95}
+    none = np.full(len(total), np.nan)
+    of_query = lambda sums: mean(np.divide(sums, total, out=none.copy(), where=total > 0), (0, 1))
+    held, wide, by_label = engine.figures([of_query(inside), of_query(width), Ratio(inside, total, (0, 1))])
+    return {"coverage": held, "width": wide, "by_label": by_label, "nominal": 0.95}

@@ -20,7 +20,9 @@ from cotrr.ranker.calibrators import (
 
 SIMPLER = 1e-4  # a kind must beat a simpler one by more than this log-loss
 LEVELS = np.arange(81) / 200  # shares of the rows that an interval's curves leave out, before calibration
-KNOTS, WINDOW = 50, 10  # of an interval's curves: so many at most, each from this times √N of N rows
+# Of an interval's curves: so many knots at most, each from √N times this of N rows around it; from fewer
+# towards the ends, where as many stand on either side, but not fewer than twice the last.
+KNOTS, WINDOW, LEAST = 50, 10, 25
 
 
 def fit_platt(logits: np.ndarray, targets: np.ndarray) -> Platt:
@@ -141,8 +143,8 @@ def _nested(label: np.ndarray, y: np.ndarray) -> Nested:
     label, y = label[order], y[order]
     knots = np.unique(label[np.linspace(0, len(label) - 1, KNOTS).round().astype(int)])
     first, last = np.searchsorted(label, knots), np.searchsorted(label, knots, side="right")
-    half = round(WINDOW * np.sqrt(len(label)) / 2)
     middle = (first + last) // 2
+    half = np.clip(np.minimum(middle, len(label) - middle), LEAST, round(WINDOW * np.sqrt(len(label)) / 2))
     # Equal labels share a window, however many they are.
     windows = zip(
         np.minimum(np.maximum(middle - half, 0), first), np.maximum(middle + half, last), strict=True

@@ -175,7 +175,10 @@ def _calibrator(facts: dict[str, Any]) -> Calibrator:
 
 
 def _intervals(facts: dict[str, Any]) -> Intervals:
-    return Intervals(*_polyline(facts, "knots", "low", "high"))
+    fitted = Intervals(*_polyline(facts, "knots", "low", "high"))
+    _require(fitted.low[0] >= 0 and fitted.high[-1] <= 1, "intervals outside [0, 1]")
+    _require(all(low <= high for low, high in zip(fitted.low, fitted.high, strict=True)), "ends that cross")
+    return fitted
 
 
 def _choice(facts: dict[str, Any]) -> Choice:

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from scipy.stats import qmc
 
+from cotrr.errors import InputError
 from cotrr.ranker.lanes import TrainConfig
 from cotrr.ranker.training import State
 
@@ -77,10 +78,18 @@ def rungs(count: int, epochs: int, stages: int, kept: float = 1 / 3) -> list[Run
             for stage in range(stages)]  # fmt: skip
 
 
-def survivors(state: State, count: int) -> list[int]:
-    """The `count` lanes with the best mean validation metric, best first; undefined ones come last."""
-    metric = np.nan_to_num(np.asarray(state.best_metric, np.float64), nan=-np.inf)
-    return np.argsort(-metric, kind="stable")[:count].tolist()
+def survivors(state: State, count: int, members: int = 1) -> list[int]:
+    """The `count` configurations, of so many lanes each, with the best mean validation metric, best first.
+
+    Undefined ones come last.  Raises InputError where no lane of the first has a finite loss.
+    """
+    by_config = lambda values: np.asarray(values, np.float64).reshape(-1, members)
+    metric = np.nan_to_num(by_config(state.best_metric).mean(axis=1), nan=-np.inf)
+    metric[~np.isfinite(by_config(state.best)).all(axis=1)] = -np.inf
+    order = np.argsort(-metric, kind="stable")[:count].tolist()
+    if not np.isfinite(by_config(state.best)[order[0]]).all():
+        raise InputError("no configuration has a finite validation loss", field="--learning_rate")
+    return order
 
 
 def take(lanes: Any, chosen: Sequence[int]) -> Any:

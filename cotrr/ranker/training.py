@@ -122,9 +122,13 @@ class Train:
         metrics = {name: jnp.mean(values, axis=0) for name, values in metrics.items()}
         metrics["broken_step"] = jnp.where(jnp.any(broken, axis=0), jnp.argmax(broken, axis=0), -1)
         metrics |= self._validate(params, hparams, gates)
+        # A view that broke must not drop out of the mean: it may have been the hardest.
+        validated = jnp.any(self.examples.held_out, axis=(1, 2))
+        loss = jnp.mean(metrics["validation_loss"], where=validated)
+        loss = jnp.where(jnp.any(broken), jnp.nan, loss)
         new = _keep_best(
             state._replace(params=params, optimizer=opt_state),
-            jnp.nanmean(metrics["validation_loss"]),
+            loss,
             jnp.nanmean(metrics["validation_metric"]),
             number + 1,
         )

@@ -390,14 +390,25 @@ def test_coverage(by, lists):
     where = lists.labelled
     inside = where & (low <= lists.y) & (lists.y <= high)
     assert found["nominal"] == 0.95
-    assert found["coverage"]["value"] == pytest.approx(inside.sum() / where.sum())
-    assert found["width"]["value"] == pytest.approx((high - low)[where].mean())
-    assert found["coverage"]["n"] == where.sum()
+    assert found["by_label"]["value"] == pytest.approx(inside.sum() / where.sum())
+    assert found["by_label"]["n"] == where.sum()
     assert 0 < inside.sum() < where.sum()
-    total = by.by_unit(where.sum(axis=1).astype(float))
-    for name, part in (("coverage", inside), ("width", np.where(where, high - low, 0))):
-        hits = by.by_unit(part.sum(axis=1).astype(float))
-        drawn = counts_of(by) @ hits / (counts_of(by) @ total)
+    total, judged = where.sum(axis=1).astype(float), where.any(axis=1)
+    share = lambda part: np.where(judged, part.sum(axis=1) / np.maximum(total, 1), 0)
+    width = np.where(where, high - low, 0)
+    assert found["coverage"]["value"] == pytest.approx(share(inside)[judged].mean())
+    assert found["width"]["value"] == pytest.approx(share(width)[judged].mean())
+    assert found["coverage"]["n"] == judged.sum()
+    for name, part, weight in (
+        ("coverage", share(inside), judged),
+        ("width", share(width), judged),
+        ("by_label", inside.sum(axis=1), total),
+    ):
+        drawn = (
+            counts_of(by)
+            @ by.by_unit(part.astype(float))
+            / (counts_of(by) @ by.by_unit(weight.astype(float)))
+        )
         ends = np.percentile(drawn, [2.5, 97.5])
         assert found[name]["intervals"]["percentile"] == pytest.approx(ends, abs=1e-9)
     assert probabilities.coverage(by, lists.y, lists.y, lists)["coverage"]["value"] == 1  # closed

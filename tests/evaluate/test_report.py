@@ -201,7 +201,12 @@ def sample() -> dict[str, Any]:
         },
         "ties": {"+Reranker": 0, "CLIP-only": 3},
         "skipped": {"no_gain": 2, "single_candidate": 0},
-        "uncertainty": {"coverage": fig(0.931, 0.02), "width": fig(0.214), "nominal": 0.95},
+        "uncertainty": {
+            "coverage": fig(0.931, 0.02),
+            "width": fig(0.214),
+            "by_label": fig(0.928),
+            "nominal": 0.95,
+        },
         "examples": [
             {
                 "query": "pink drink in a coupe with a flower",

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from cotrr.errors import InputError
 from cotrr.ranker import search
 from cotrr.ranker.lanes import TrainConfig
 
@@ -47,9 +48,17 @@ def test_rungs_shrink_and_end_at_the_last_epoch(count, epochs, stages):
 
 
 def test_the_best_go_on_and_undefined_ones_last():
-    state = SimpleNamespace(best_metric=np.array([0.5, np.nan, 0.9, 0.7, 0.9]))
+    state = SimpleNamespace(best_metric=np.array([0.5, np.nan, 0.9, 0.7, 0.9, 1.0]),
+                            best=np.array([1.0, np.inf, 1.0, 1.0, 1.0, np.inf]))  # fmt: skip
     assert search.survivors(state, 3) == [2, 4, 3]
-    assert search.survivors(state, 5) == [2, 4, 3, 0, 1]
+    assert search.survivors(state, 6) == [2, 4, 3, 0, 1, 5]
+    assert search.survivors(state, 2, members=2) == [1, 0]  # 0.8 on average; a lost seed loses the others
+
+
+def test_all_lost_is_no_best():
+    state = SimpleNamespace(best_metric=np.full(3, np.nan), best=np.full(3, np.inf))
+    with pytest.raises(InputError, match="no configuration has a finite"):
+        search.survivors(state, 1)
 
 
 def test_lanes_are_taken_from_every_leaf():

@@ -143,6 +143,16 @@ def test_best_parameters_are_those_of_the_lowest_mean_validation_loss(dropped):
         assert_same_bits(last.best_params, lane(states[best + 1].params, v))
 
 
+def test_a_view_that_breaks_is_not_left_out_of_the_mean(dropping, dropped):
+    before = dropped[0][2]
+    broken = jax.tree.map(lambda leaf: leaf.at[0, 0].set(jnp.nan), before.params)  # lane 0, view 0
+    states, (metrics,) = go(dropping.train, [DROPPING], 3, before._replace(params=broken), first=2)
+    assert np.isnan(metrics["validation_loss"][0, 0]) and np.isfinite(metrics["validation_loss"][0, 1])
+    assert_same_bits(lane(states[-1].best_params, 0), lane(before.best_params, 0))
+    assert int(states[-1].best_epoch[0]) == int(before.best_epoch[0])
+    assert_same_bits(lane(states[-1], 1), lane(dropped[0][3], 1))
+
+
 def test_a_worse_epoch_does_not_replace_the_best(dropped):
     state = lane(dropped[0][0], 0)
     new = state._replace(params=jax.tree.map(lambda x: x + 1, state.params), best=jnp.float32(0.5))
