@@ -39,7 +39,7 @@ def define_flags() -> None:
     flags.DEFINE_string("output", None, "JSON file for the figures.")
     flags.DEFINE_integer("outer_folds", 3, "Folds of pictures and of queries.", lower_bound=2)
     flags.DEFINE_float("compliance_weight", 0.7, "λ of the label that our model learns (peers: compliance).")
-    flags.DEFINE_integer("configurations", 1, "How many to look at inside each outer fold, on its inner folds "
+    flags.DEFINE_integer("configurations", 1, "How many to look at inside each outer fold, on inner folds "
                          "alone, the given one first.", lower_bound=1)  # fmt: skip
     flags.DEFINE_string("salt", "photos", "Key of the outer folds: another salt, other folds.")
     flags.DEFINE_bool("quick", False, "Two outer folds and ten epochs.")

@@ -300,7 +300,7 @@ def _model_facts(model: artifact.Model) -> dict:
         "lanes": len(model.final),
         "best_epoch": model.provenance["best_epoch"],
         "validation_loss": model.provenance["validation_loss"],
-        "configurations_looked_at": model.provenance.get("configurations", 1),
+        "configurations_looked_at": model.config.get("looked_at", 1),
         "trained_on_certificate": model.provenance["certificate"],
         "trained_on_labels": model.provenance["labels"],
         "calibrators": {head: choice.kind for head, choice in model.calibration.choices.items()},

@@ -1,7 +1,7 @@
 r"""Turn published learning-to-rank data (svmlight lines) into a dataset for train and evaluate.
 
     python -m experiments.import_svmlight --train=S2.txt,S3.txt,S4.txt --validation=S5.txt --test=S1.txt \
-        --output=data/ohsumed1 --normalize=query
+        --output=data/ohsumed1
 
 The splits are the ones that are given.  A line's features take the place of `image_embedding`, its grade
 that of the reviewer's compliance.
@@ -29,8 +29,9 @@ def define_flags() -> None:
     flags.DEFINE_string("output", None, "Folder for the dataset.")
     flags.DEFINE_enum("gain", "linear", svmlight.GAINS,
                       "linear: y = grade / max; exponential: y = (2^grade − 1) / (2^max − 1).")  # fmt: skip
-    flags.DEFINE_enum("normalize", "none", svmlight.NORMALIZATIONS,
-                      "query: each feature from 0 to 1 within each query, as LETOR does.")  # fmt: skip
+    flags.DEFINE_enum("normalize", "query", svmlight.NORMALIZATIONS,
+                      "query: each feature from 0 to 1 in each query, as LETOR does; none: as they are, and "
+                      "the largest units count most.")  # fmt: skip
     flags.DEFINE_list("group_files", [], "Group sizes, one file for each of --train, --validation and --test "
                       "in this order, where lines have no qid; unset: <file>.query beside each.")  # fmt: skip
     flags.mark_flags_as_required(["train", "output"])
@@ -50,7 +51,7 @@ def main() -> None:
         warn(breach)
     done({"dataset": output, "certificate": output / dataset.CERTIFICATE},
          [f"python -m experiments.train --data={output} --workdir=checkpoints/{output.name} "
-          "--flagfile=experiments/recipes/cotrr_lite.flags"])  # fmt: skip
+          "--flagfile=experiments/recipes/published.flags"])  # fmt: skip
 
 
 def _read() -> list[svmlight.Source]:

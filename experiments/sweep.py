@@ -49,7 +49,7 @@ def main() -> None:
         configs = search.draw(config, count)
         say(f"{count} configurations of {', '.join(search.space(config))}, as lanes of "
             f"{len(setup.views.train)} views")  # fmt: skip
-        model = crown(setup, *halve(setup, configs, workdir), workdir, passport, count)
+        model = crown(setup, *halve(setup, configs, workdir), workdir, passport)
     done(
         {"model": f"{workdir}  ({model.version})", "recipe": workdir / "recipe.flags",
          "configurations": workdir / "sweep.json",
@@ -106,7 +106,6 @@ def crown(
     state: State,
     workdir: pathlib.Path,
     passport: dict,
-    looked_at: int,
 ) -> artifact.Model:
     """Saves the best configuration as the model: with several members, by the mean of their seeds."""
     members, best = setup.config.members, 0
@@ -119,21 +118,23 @@ def crown(
             state = epochs.run(setup, lanes, state, first, setup.config.epochs)
         best = search.survivors(state, 1, members)[0]
     state = search.take(state, range(best * members, (best + 1) * members))
-    facts = loop.provenance(state, passport) | {"configurations": looked_at}
-    model = fitting.finish(setup, state, configs[best], workdir.name, facts)
+    config = configs[best]
+    model = fitting.finish(setup, state, config, workdir.name, loop.provenance(state, passport))
     artifact.save(model, workdir)
     with SummaryWriter(workdir / "tensorboard") as writer:
         loop.describe(writer, setup, model)
     with files.replacing(workdir / "recipe.flags") as temporary:
-        temporary.write_text(_recipe(configs[best], looked_at))
+        temporary.write_text(_recipe(config))
     metric = float(np.mean(np.asarray(state.best_metric)))
-    say(f"best of {looked_at} configurations: mean validation nDCG@10 of y {metric:.4f}")
+    say(f"best of {config.looked_at} configurations: mean validation nDCG@10 of y {metric:.4f}")
     return artifact.load(workdir)
 
 
-def _recipe(config: TrainConfig, looked_at: int) -> str:
+def _recipe(config: TrainConfig) -> str:
     lines = [f"--{name}={value}" for name, value in dataclasses.asdict(config).items() if value != ""]
-    return "\n".join([f"# The best of {looked_at} configurations on validation queries.", *lines]) + "\n"
+    return (
+        "\n".join([f"# The best of {config.looked_at} configurations on validation queries.", *lines]) + "\n"
+    )
 
 
 if __name__ == "__main__":

@@ -28,11 +28,11 @@ def test_a_sweep_finds_a_recipe_and_can_be_resumed(data, tmp_path):
         best = sorted(before["lanes"], key=lambda lane: -lane["validation_metric"])[: len(after["lanes"])]
         assert [lane["lane"] for lane in after["lanes"]] == [lane["lane"] for lane in best]
     model = artifact.load(folder)
-    assert model.provenance["configurations"] == 8
+    assert model.config["looked_at"] == 8
     chosen = next(lane for lane in found["rungs"][-1]["lanes"] if lane["lane"] == found["best"][0])
     assert model.config["penalty"] == chosen["penalty"]
     recipe = (folder / "recipe.flags").read_text()
-    assert f"--penalty={chosen['penalty']}" in recipe
+    assert f"--penalty={chosen['penalty']}" in recipe and "--looked_at=8\n" in recipe
     # What is there is gone over, and ends in the same model.
     (folder / "model.json").unlink()
     assert "resuming" in launch(*call, "--resume")

@@ -92,7 +92,7 @@ def _training(model: Model) -> dict[str, Any]:
         "calibrated_on": told.get("calibrated_on"),
         "calibrated_on_queries": model.calibration.queries,
         "calibrators": {head: choice.kind for head, choice in model.calibration.choices.items()},
-        "configurations_looked_at": told.get("configurations", 1),
+        "configurations_looked_at": model.config.get("looked_at", 1),
         "best_epoch": told.get("best_epoch"),
         "validation_loss": told.get("validation_loss"),
         "settings": model.config,
@@ -170,7 +170,7 @@ def _limits(model: Model, certificate: Dict, report: Dict | None, evaluation: Di
         loud.append("The data described here are not the data that it was trained on.")
     if report and report["data"]["certificate"] != described:
         loud.append("It was evaluated on other data than those described here.")
-    if (looked_at := model.provenance.get("configurations", 1)) > 1:
+    if (looked_at := model.config.get("looked_at", 1)) > 1:
         loud.append(f"It is the best of {looked_at} configurations on what they were validated on.")
     return list(dict.fromkeys([*loud, *told]))
 

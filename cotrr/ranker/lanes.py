@@ -46,6 +46,9 @@ class TrainConfig:
                                            "makes scores comparable across queries.", low=0)  # fmt: skip
     conflict_weight: float = setting(16.0, "Weight of the conflict head's cross-entropy.", low=0)
 
+    looked_at: int = setting(1, "How many configurations were compared before this one was chosen: reports "
+                                "and cards say so.", low=1)  # fmt: skip
+
     def __post_init__(self) -> None:
         check_settings(self)
         make_mask(names(self.groups), names(self.without))

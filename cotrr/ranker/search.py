@@ -50,7 +50,8 @@ def draw(config: TrainConfig, count: int) -> list[TrainConfig]:
     points = sequence.random_base2(max(count - 1, 1).bit_length())[: count - 1]
     place = lambda point: {name: _place(ranges[name], u) for name, u in zip(ranges, point, strict=True)}
     drawn: list[dict[str, Any]] = [{}, *map(place, points.tolist())]
-    return [dataclasses.replace(config, members=1, **values) for values in drawn]
+    looked_at = config.looked_at - 1 + count
+    return [dataclasses.replace(config, members=1, looked_at=looked_at, **values) for values in drawn]
 
 
 def _place(range_: Range, u: float) -> float:

@@ -170,7 +170,9 @@ def test_limits_follow_from_the_evidence(model, report):
     leak = {"overlap": {"canonical_id": {"train/test": 3}}, "label_leakage": {"contrast": "y rises with it"}}
     told = said(model, CERTIFICATE | leak)
     assert "3 canonical_id in both train and test" in told and "contrast alone determines y" in told
-    chosen = model._replace(provenance=model.provenance | {"configurations": 64, "calibrated_on": "silver"})
+    chosen = model._replace(
+        config=model.config | {"looked_at": 64}, provenance=model.provenance | {"calibrated_on": "silver"}
+    )
     assert "best of 64 configurations" in said(chosen) and "calibrated on silver" in said(chosen)
     assert "not the data that it was trained on" in said(model, CERTIFICATE | {"rows_read": 1})
 

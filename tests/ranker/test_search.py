@@ -15,7 +15,7 @@ from cotrr.ranker.lanes import TrainConfig
 def test_drawn_settings_lie_in_their_ranges_and_cover_them(hidden, dimensions):
     config = TrainConfig(hidden=hidden, seed=3)
     configs = search.draw(config, 129)
-    assert len(configs) == 129 and configs[0] == config
+    assert len(configs) == 129 and configs[0] == dataclasses.replace(config, looked_at=129)
     assert len(search.space(config)) == dimensions
     for name, range_ in search.space(config).items():
         values = np.array([getattr(drawn, name) for drawn in configs[1:]])
@@ -30,7 +30,10 @@ def test_drawn_settings_lie_in_their_ranges_and_cover_them(hidden, dimensions):
 def test_the_same_seed_draws_the_same_and_more_draws_go_on():
     config = TrainConfig()
     assert search.draw(config, 9) == search.draw(config, 9)
-    assert search.draw(config, 16)[:9] == search.draw(config, 9)
+    more = [dataclasses.replace(drawn, looked_at=9) for drawn in search.draw(config, 16)]
+    assert more[:9] == search.draw(config, 9)
+    found = search.draw(search.draw(config, 9)[3], 5)  # of what was found before: both looks count
+    assert {drawn.looked_at for drawn in found} == {13}
     other = search.draw(dataclasses.replace(config, seed=1), 9)
     assert other[1].penalty != search.draw(config, 9)[1].penalty
     assert {
