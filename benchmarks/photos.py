@@ -127,7 +127,8 @@ def report(lists: Lists, scored: dict[str, np.ndarray], rivals: dict[str, np.nda
             gain = figure_text(row["difference"], "points")
             say(f"reranker over {row['reference']}, {row['metric']}: {gain}, p (max-T) {row['p_max_t']:.4f}")
     say(f"conflict AUC {figure_text(conflict['auc'])}   ECE {figure_text(conflict['ece'])}")
-    say(f"95 % interval holds the label in {figure_text(coverage['coverage'])}")
+    held, width = (figure_text(coverage[name]) for name in ("coverage", "width"))
+    say(f"95 % interval holds the label in {held}, mean width {width}")
     if FLAGS.output:
         files.write_json(FLAGS.output, ranked | {"conflict": conflict, "uncertainty": coverage})
         say(json.dumps({"wrote": FLAGS.output}))
