@@ -330,7 +330,7 @@ def test_json_lines_come_with_their_certificate(road, tmp_path):
 
 
 def test_photographs(shared, tmp_path):
-    """On real photographs the reranker is far ahead of CLIP-only, and of Step 4's rule in nDCG@10, as README.md says."""
+    """The reranker is as far ahead of CLIP-only and of Step 4's rule as README.md says."""
     photos = shared("photos/make_run.py")
     subprocess.run([sys.executable, photos, "--out", tmp_path / "run"], check=True, capture_output=True)
     launch("generate_training_data", f"--input={tmp_path / 'run'}", f"--output={tmp_path / 'data'}",
