@@ -62,7 +62,7 @@ def local(workers: int) -> Iterator[Runner]:
 
     While children start, and while the next result is not there, this one works.
     """
-    if workers == 1:
+    if workers <= 1:
         yield lambda function, tasks: map(function, tasks)
         return
     children = [_Child() for _ in range(workers - 1)]
