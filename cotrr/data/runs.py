@@ -176,15 +176,14 @@ def read_run(
 
     A bad line raises InputError, or with `quarantine` is written there with its reason and counted.
     `keep_lines` adds the column `line_json`: the line as it came, without its embeddings.  Large runs
-    are read by `workers` processes (unset: one a core, if more than two), which changes nothing but the time.
+    are read by `workers` processes (unset: one a core), which changes nothing but the time.
     """
     run = find_run(path)
     ledger = Ledger(run.manifest.embedding_dim if run.manifest else None, stop_at_bad=quarantine is None)
     todo = pieces(run, PIECE)
     if workers is None:
         large = sum(p.stop - p.start for p in todo) >= WORTH_WORKERS
-        # With a second one alone, what goes between the two takes what is won: benchmarks/ingest.py.
-        workers = shards.cores() if large and shards.cores() > 2 else 1
+        workers = shards.cores() if large else 1
     with shards.local(min(workers, len(todo))) as runner:
         blocks = runner(_reading(ledger.dim, keep_lines), todo)
         for piece, block in zip(todo, blocks, strict=True):
