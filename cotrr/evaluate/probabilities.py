@@ -182,7 +182,6 @@ def coverage(engine: Engine, low: np.ndarray, high: np.ndarray, lists: Lists) ->
     y, total = np.where(where, lists.y, 0.0), where.sum(axis=1).astype(float)
     inside = np.where(where, (low <= y) & (y <= high), 0).sum(axis=1).astype(float)
     width = np.where(where, high - low, 0.0).sum(axis=1)
-    none = np.full(len(total), np.nan)
-    of_query = lambda sums: mean(np.divide(sums, total, out=none.copy(), where=total > 0), (0, 1))
+    of_query = lambda sums: mean(np.where(total > 0, sums / np.maximum(total, 1), np.nan), (0, 1))
     held, wide, by_label = engine.figures([of_query(inside), of_query(width), Ratio(inside, total, (0, 1))])
     return {"coverage": held, "width": wide, "by_label": by_label, "nominal": 0.95}

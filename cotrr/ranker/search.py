@@ -82,7 +82,7 @@ def rungs(count: int, epochs: int, stages: int, kept: float = 1 / 3) -> list[Run
 def survivors(state: State, count: int, members: int = 1) -> list[int]:
     """The `count` configurations, of so many lanes each, with the best mean validation metric, best first.
 
-    Undefined ones come last.  Raises InputError where no lane of the first has a finite loss.
+    Undefined ones, and those of which a lane is lost, come last.  Raises InputError where all are lost.
     """
     by_config = lambda values: np.asarray(values, np.float64).reshape(-1, members)
     metric = np.nan_to_num(by_config(state.best_metric).mean(axis=1), nan=-np.inf)

@@ -115,11 +115,33 @@ def statistics() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def sample() -> dict[str, Any]:
-    """A full report of invented numbers."""
-    more = statistics()
-    calibrated = {"debiased_ece": fig(0.025, 0.02), "consistency": more.pop("consistency"),
+def conflicts(consistency: dict[str, Any]) -> dict[str, Any]:
+    """The probabilities of two systems."""
+    calibrated = {"debiased_ece": fig(0.025, 0.02), "consistency": consistency,
                   "smooth_ece": fig(0.029, ci=None, why="a point estimate")}  # fmt: skip
+    return {
+        "systems": {
+            "reranker": {
+                "auc": fig(0.912, 0.02),
+                "ece": fig(0.031, 0.012),
+                "brier": fig(0.088, 0.01),
+                "reliability": [b | {"band": [b["low"], b["high"]]} for b in bins(0.05)],
+                **calibrated,
+            },
+            "step 4": {
+                "auc": fig(0.843, 0.03),
+                "ece": fig(0.112, 0.021),
+                "brier": fig(None, why="no probability in 12 rows"),
+                "reliability": bins(0.4),
+            },
+        },
+        "n": 2700,
+        "positive_rate": fig(0.183, 0.02),
+    }
+
+
+def failures() -> list[dict[str, Any]]:
+    """Two failing queries: one with all that can be told, one hostile."""
     why = {"margin": 0.57,
            "groups": [{"name": "so", "value": 1.1}, {"name": "clip", "value": -0.53}],
            "attributes": [{"name": "color_delta_e", "value": 1.1, "shown": 12.3, "best": 40.0},
@@ -128,6 +150,35 @@ def sample() -> dict[str, Any]:
     first["attributes"]["glass"] = "coupe"
     ask = {"color": "pink", "glass": "coupe", "garnish": "flower"}
     hostile = "<script>alert('x')</script> | a *bold* [link](https://evil.example) & more"
+    return [
+        {
+            "query": "pink drink in a coupe with a flower",
+            "query_id": "q_0017",
+            "domain": "floral",
+            "regret": 0.6,
+            "constraints": ask,
+            "shown": first | {"std": 0.021, "palette": ["#112233", "#aabbcc"]},
+            "best": candidate("img_00977", 0.9, 0.64, "pink"),
+            "reason": "colour mismatch that Step 4 did not see",
+            "within_uncertainty": True,
+            "violates": {"by_reviewer": ["colour_mismatch"], "by_step4": [], "asked": {"color": "pink"}},
+            "why": why,
+        },
+        {
+            "query": hostile,
+            "query_id": "q_0002",
+            "domain": "blue_tropical",
+            "regret": 0.41,
+            "constraints": {},
+            "shown": candidate("a|b", 0.5, 0.55, "blue", score_low=None, score_high=None),
+            "best": candidate("img_2", 0.91, 0.5, "blue"),
+        },
+    ]
+
+
+def sample() -> dict[str, Any]:
+    """A full report of invented numbers."""
+    more = statistics()
     return {
         "title": "cotrr_lite_v1",
         "created_at": "2026-02-03T10:11:12Z",
@@ -172,25 +223,7 @@ def sample() -> dict[str, Any]:
             "+SO+Conflict": deltas(0.0634),
             "+Reranker": deltas(0.1234, 0.041),
         },
-        "conflict": {
-            "systems": {
-                "reranker": {
-                    "auc": fig(0.912, 0.02),
-                    "ece": fig(0.031, 0.012),
-                    "brier": fig(0.088, 0.01),
-                    "reliability": [b | {"band": [b["low"], b["high"]]} for b in bins(0.05)],
-                    **calibrated,
-                },
-                "step 4": {
-                    "auc": fig(0.843, 0.03),
-                    "ece": fig(0.112, 0.021),
-                    "brier": fig(None, why="no probability in 12 rows"),
-                    "reliability": bins(0.4),
-                },
-            },
-            "n": 2700,
-            "positive_rate": fig(0.183, 0.02),
-        },
+        "conflict": conflicts(more.pop("consistency")),
         "slices": {
             "blue_tropical": {"metrics": row(0.83), "deltas": {"compliance@1": fig(0.071, 0.06)}},
             "black_charcoal": {"metrics": row(0.79), "deltas": {"compliance@1": fig(0.02, 0.05)}},
@@ -207,30 +240,7 @@ def sample() -> dict[str, Any]:
             "by_label": fig(0.928),
             "nominal": 0.95,
         },
-        "examples": [
-            {
-                "query": "pink drink in a coupe with a flower",
-                "query_id": "q_0017",
-                "domain": "floral",
-                "regret": 0.6,
-                "constraints": ask,
-                "shown": first | {"std": 0.021, "palette": ["#112233", "#aabbcc"]},
-                "best": candidate("img_00977", 0.9, 0.64, "pink"),
-                "reason": "colour mismatch that Step 4 did not see",
-                "within_uncertainty": True,
-                "violates": {"by_reviewer": ["colour_mismatch"], "by_step4": [], "asked": {"color": "pink"}},
-                "why": why,
-            },
-            {
-                "query": hostile,
-                "query_id": "q_0002",
-                "domain": "blue_tropical",
-                "regret": 0.41,
-                "constraints": {},
-                "shown": candidate("a|b", 0.5, 0.55, "blue", score_low=None, score_high=None),
-                "best": candidate("img_2", 0.91, 0.5, "blue"),
-            },
-        ],
+        "examples": failures(),
         "data": {
             "dataset": "runs/latest",
             "split": "test",
