@@ -153,10 +153,9 @@ def ours(data: Collection, learn: np.ndarray, quick: bool) -> Iterator[np.ndarra
         setup = fitting.set_up(development, configs[0], lambda scores, y, where: jnp.float32(0))
         lanes = make_lanes(configs)
         state = training.init_lanes(setup.train, lanes)
-        for number in range(max(EPOCHS)):
-            state, _ = training.run_epoch(setup.train, state, jnp.asarray(number), lanes)
-            if number + 1 in EPOCHS:
-                yield from score_lanes(setup, state, configs, data.lists)
+        for first, last in itertools.pairwise((0, *EPOCHS)):
+            state = training.run_epochs(setup.train, state, lanes, first, last)
+            yield from score_lanes(setup, state, configs, data.lists)
 
 
 def score_lanes(

@@ -12,7 +12,6 @@ import json
 import time
 from functools import partial
 
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
@@ -55,24 +54,16 @@ def develop(lists: Lists, canonical_id: np.ndarray, where: np.ndarray, config: T
     setup = fitting.set_up(
         fitting.Development(part, canonical_id[kept], np.zeros(len(kept), bool)), config, partial(ndcg, k=10)
     )
-    best, state = tune(setup, search.draw(config, FLAGS.configurations))
-    return fitting.finish(setup, state, best, "fold", {})
-
-
-def tune(setup: fitting.Setup, configs: list[TrainConfig]) -> tuple[TrainConfig, training.State]:
-    """The best of the configurations on the inner folds, by successive halving, and its state."""
-    lanes, first = make_lanes(configs), 0
-    state = training.init_lanes(setup.train, lanes)
-    stages = search.rungs(len(configs), setup.config.epochs, 3)
-    for rung, following in zip(stages, [*stages[1:], search.Rung(1, 0)], strict=True):
-        for number in range(first, rung.last):
-            if training.stopped(state, number, setup.config).all():
-                break
-            state, _ = training.run_epoch(setup.train, state, jnp.asarray(number), lanes)
-        order = search.survivors(state, following.lanes)
-        configs, first = [configs[k] for k in order], rung.last
-        lanes, state = search.take(lanes, order), search.take(state, order)
-    return configs[0], state
+    train, end = setup.train, config.epochs
+    if FLAGS.configurations == 1:
+        lanes = make_lanes([config])
+        state = training.run_epochs(train, training.init_lanes(train, lanes), lanes, 0, end)
+        return fitting.finish(setup, state, config, "fold", {})
+    run = lambda stage, state, first: training.run_epochs(
+        train, state, make_lanes(stage.configs), first, stage.last
+    )
+    found = search.tune(train, search.draw(config, FLAGS.configurations), 3, 3, config.members, run)
+    return fitting.finish(setup, found.state, found.config, "fold", {})
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from cotrr import files
+from cotrr import devices, files
 from cotrr.config import launch
 from cotrr.data import certificate, dataset
 from cotrr.data.contract import ATTRIBUTES, GROUPS
@@ -26,7 +26,8 @@ from cotrr.evaluate.report import figure_text, metric_name, p_text
 from cotrr.ranker import artifact, encoding, fitting, search, training
 from cotrr.ranker.encoding import names
 from cotrr.ranker.lanes import TrainConfig, make_lanes
-from experiments import loop
+from cotrr.ranker.training import State
+from experiments import judging, training_folder
 from experiments.loop import Loop
 from experiments.terminal import done, say
 
@@ -49,7 +50,7 @@ HEADS = {
 
 def define_flags() -> None:
     """Flags of this launcher."""
-    loop.define_flags("Few epochs, 1,000 resamples.")
+    training_folder.define_flags("Few epochs, 1,000 resamples.")
     flags.DEFINE_integer("resamples", 10_000, "Bootstrap resamples.", lower_bound=1000)
 
 
@@ -74,17 +75,20 @@ def variants(config: TrainConfig, lists: Lists) -> dict[str, TrainConfig]:
 
 def main() -> None:
     """Trains all ablations, judges them, writes the tables."""
-    workdir, config = pathlib.Path(FLAGS.workdir), loop.config_from_flags(QUICK)
+    workdir, config = pathlib.Path(FLAGS.workdir), training_folder.config_from_flags(QUICK)
     resamples = 1000 if FLAGS.quick else FLAGS.resamples
     test = dataset.read(FLAGS.data, "test")
-    judged, kind = loop.labelled_lists(test, FLAGS.data, "test")
-    with loop.opened("ablate", config) as (setup, passport):
+    judged, kind = judging.labelled_lists(test, FLAGS.data, "test")
+    with training_folder.opened("ablate", config) as (setup, passport):
         configs = variants(config, setup.development.lists)
         say(f"{len(configs)} ablations as lanes of {len(setup.views.train)} views; judged on {kind} labels "
             f"of {len(judged.query_id)} queries of the test split")  # fmt: skip
         with Loop(workdir, list(configs.values()), FLAGS.checkpoint_every) as epochs:
-            models = train(setup, configs, epochs)
-            loop.refuse_overlap(models[FULL], FULL, test, FLAGS.data)
+            state = train(setup, configs, epochs)
+            if not devices.primary():
+                return
+            models = finish(setup, configs, state)
+            judging.refuse_overlap(models[FULL], FULL, test, FLAGS.data)
             scored = {name: artifact.score(model, judged) for name, model in models.items()}
             table = measure(judged, systems.ladder(models[FULL], judged), scored, resamples, config.seed)
             text = markdown(table, kind)
@@ -100,11 +104,15 @@ def main() -> None:
          ["read the differences with their intervals: one that holds 0 shows nothing"])  # fmt: skip
 
 
-def train(setup: fitting.Setup, configs: dict[str, TrainConfig], epochs: Loop) -> dict[str, artifact.Model]:
-    """The model of each ablation, all trained together."""
+def train(setup: fitting.Setup, configs: dict[str, TrainConfig], epochs: Loop) -> State:
+    """The members of all ablations, trained together."""
     lanes = make_lanes(list(configs.values()))
     state, first = epochs.begin(training.init_lanes(setup.train, lanes))
-    state = epochs.run(setup, lanes, state, first, setup.config.epochs)
+    return epochs.run(setup, lanes, state, first, setup.config.epochs)
+
+
+def finish(setup: fitting.Setup, configs: dict[str, TrainConfig], state: State) -> dict[str, artifact.Model]:
+    """The model of each ablation."""
     members = setup.config.members
     of = lambda k: search.take(state, range(k * members, (k + 1) * members))
     return {name: fitting.finish(setup, of(k), config, name, {})

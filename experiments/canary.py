@@ -41,7 +41,7 @@ from cotrr.ranker.calibrators import Scored
 from cotrr.ranker.model_files import Contents
 from cotrr.store import open_store
 from cotrr.summaries import SummaryWriter
-from experiments import loop
+from experiments import judging
 from experiments.terminal import actor, done, reading_progress, say, tell_reading, warn
 
 FLAGS = flags.FLAGS
@@ -216,8 +216,8 @@ def _read_latencies(path: str | None) -> np.ndarray | None:
 def _probe(registry: Registry, state: State, model: Model, thresholds: CanaryPolicy, run: str) -> Probe:
     """Compliance@1 of the probe's queries, now and in earlier canaries."""
     table = dataset.read(FLAGS.probe, "test")
-    loop.refuse_overlap(model, FLAGS.version, table, FLAGS.probe)
-    lists, kind = loop.labelled_lists(table, FLAGS.probe, "test")
+    judging.refuse_overlap(model, FLAGS.version, table, FLAGS.probe)
+    lists, kind = judging.labelled_lists(table, FLAGS.probe, "test")
     if kind != labels.GOLD:
         raise InputError(f"its labels are {kind}: Step 4's own scores say nothing about people",
                          file=FLAGS.probe, remedy="Name a dataset with gold labels")  # fmt: skip

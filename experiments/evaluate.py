@@ -52,7 +52,7 @@ from cotrr.evaluate.scoring import Glance, Job, Kept, Part
 from cotrr.ranker import artifact, encoding, model_files
 from cotrr.store import LocalStore
 from cotrr.summaries import SummaryWriter
-from experiments import loop, options
+from experiments import judging, options
 from experiments.terminal import done, progress, say, warn
 
 FLAGS = flags.FLAGS
@@ -118,7 +118,7 @@ def _evaluate(held: contextlib.ExitStack) -> tuple[dict, dict]:
         start = time.perf_counter()
         kept = scoring.score(job, parts, runner, _progress(job, parts, glances))
     lists, seconds = kept.lists, {"scoring": round(time.perf_counter() - start, 3)}
-    loop.check_labelled(lists, kept.left_out, job.label, FLAGS.data, FLAGS.split)
+    judging.check_labelled(lists, kept.left_out, job.label, FLAGS.data, FLAGS.split)
     say(f"scored {lists.labelled.sum():,} candidates of {len(lists.query_id):,} queries")
     contenders = _contenders(models, kept.scored)
     unit = clusters(kept.named, lists, job.cluster_by)
@@ -173,7 +173,7 @@ def _notices(models: dict[str, artifact.Model], passport: dict, job: Job, glance
     ids = pa.concat_tables([glance.learned for glance in glances])
     for folder, model in models.items():
         if not FLAGS.allow_overlap:
-            loop.refuse_overlap(model, folder, ids, FLAGS.data)
+            judging.refuse_overlap(model, folder, ids, FLAGS.data)
         if what := artifact.learned_from(model, ids):
             notices.append(f"{folder} HAS LEARNED FROM {what} of this split: its figures are optimistic.")
     return notices

@@ -1,201 +1,29 @@
-"""What training launchers share: a folder of their own, epochs with a log, checkpoints, a way to stop."""
+"""Epochs as training launchers run them: with a log, checkpoints, TensorBoard, and a way to stop."""
 
 import contextlib
-import dataclasses
 import json
 import pathlib
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pyarrow as pa
-from absl import flags
 
 from cotrr import devices, files
 from cotrr.checkpoints import Checkpoints
-from cotrr.config import dataclass_from_flags, flags_from_dataclass
-from cotrr.data import certificate, dataset
-from cotrr.data.lists import Lists, to_lists
 from cotrr.errors import InputError
-from cotrr.evaluate import plots, scoring
-from cotrr.evaluate.calibration import bin_of, bin_sums
-from cotrr.evaluate.metrics import ndcg
-from cotrr.ranker import artifact, calibration, fitting, training
-from cotrr.ranker.fitting import Development, Setup
+from cotrr.ranker import training
+from cotrr.ranker.fitting import Setup
 from cotrr.ranker.lanes import Hyperparameters, Lanes, TrainConfig
 from cotrr.ranker.training import State
 from cotrr.summaries import SummaryWriter
 from experiments.terminal import say, warn
 
-FLAGS = flags.FLAGS
-OURS = ("model.json", "weights.npz", "trained_on.npz", "epochs.jsonl", "checkpoints", "tensorboard",
-        "sweep.json", "recipe.flags", "ablation.json", "ablation.md",
-        *(f"rung-{k}" for k in range(1, 10)))  # fmt: skip
 JUDGED = ("validation/loss", "validation/metric")  # what TensorBoard's HParams table shows of a lane
-
-
-def read_development(folder: str) -> Development:
-    """The train and validation splits of a dataset as lists."""
-    tables = [dataset.read(folder, name) for name in ("train", "validation")]
-    lists = to_lists(pa.concat_tables(tables))
-    ids = pa.concat_tables(tables)["canonical_id"].to_numpy(zero_copy_only=False)
-    if not lists.labelled.any():
-        raise InputError("no labelled rows to learn from", file=folder, field="review")
-    validation = set(tables[1]["query_id"].to_pylist())
-    canonical_id = np.where(lists.where, ids[lists.row], "")
-    return Development(lists, canonical_id, np.array([q in validation for q in lists.query_id]))
-
-
-def labelled_lists(table: pa.Table, folder: str, split: str) -> tuple[Lists, str]:
-    """The queries with labels of one kind: gold where there is any, else silver; never both."""
-    label = scoring.label_of(table["label"].unique().to_pylist())
-    lists, left_out = scoring.labelled(table, label)
-    check_labelled(lists, left_out, label, folder, split)
-    return lists, label
-
-
-def check_labelled(lists: Lists, left_out: int, label: str, folder: str, split: str) -> None:
-    """Tells how many queries of a split are left out; raises InputError where no query has labels."""
-    if not len(lists.query_id):
-        raise InputError(
-            f"the {split} split has no labelled rows",
-            file=folder,
-            remedy=f"Generate the dataset with a {split} fraction above 0, from a run with reviews",
-        )
-    if left_out:
-        warn(f"{left_out} queries without {label} labels are left out")
-
-
-def define_flags(quick: str) -> None:
-    """The flags that training launchers share; `quick` says what --quick does."""
-    flags.DEFINE_string("data", None, "Dataset folder, from generate_training_data.")
-    flags.DEFINE_string("workdir", None, "Folder for what is written: results, checkpoints, logs.")
-    flags.DEFINE_bool("quick", False, quick)
-    flags.DEFINE_bool("overwrite", False, "Replace the training run that is in the workdir.")
-    flags.DEFINE_bool("resume", False, "Go on from the latest checkpoint in the workdir.")
-    flags.DEFINE_integer("checkpoint_every", 20, "Epochs between checkpoints.", lower_bound=1)
-    for name in ("data", "workdir", "quick", "overwrite", "resume", "checkpoint_every"):
-        FLAGS.register_key_flag_for_module(sys.argv[0], FLAGS[name])  # else --help does not show it
-    flags_from_dataclass(TrainConfig)
-    flags.mark_flags_as_required(["data", "workdir"])
-
-
-def config_from_flags(quick: Mapping[str, Any]) -> TrainConfig:
-    """The training settings of the flags; with --quick, those of `quick` that the command line leaves open.
-
-    A flagfile's give way: a recipe names every setting.
-    """
-    config = dataclass_from_flags(TrainConfig)
-    given = {argument.lstrip("-").partition("=")[0] for argument in sys.argv if argument.startswith("-")}
-    changes = {name: value for name, value in quick.items() if name not in given}
-    return dataclasses.replace(config, **changes) if FLAGS.quick else config
-
-
-@contextlib.contextmanager
-def opened(launcher: str, config: TrainConfig, **more: Any) -> Iterator[tuple[Setup, dict]]:
-    """The setup of a launcher's run and the data's certificate, while the workdir is its own.
-
-    `more` are settings that a resumed run must share too.
-    """
-    workdir, passport = pathlib.Path(FLAGS.workdir), dataset.read_certificate(FLAGS.data)
-    for breach in certificate.breaches(passport):
-        warn(breach)
-    settings = dataclasses.asdict(config) | {"launcher": launcher, "data": FLAGS.data}
-    settings |= {"certificate": files.digest(passport)} | more
-    with contextlib.ExitStack() as stack:
-        setup = fitting.set_up(read_development(FLAGS.data), config, partial(ndcg, k=10), devices.mesh())
-        refused: InputError | None = None
-        try:
-            if devices.primary():
-                stack.enter_context(files.locked(workdir / ".lock"))
-                _prepare(workdir, settings)
-        except InputError as error:
-            refused = error
-        if devices.agree(refused is not None):  # all processes end together, or those without hang
-            raise refused or InputError("the first process was refused", file=workdir)
-        yield setup, passport
-
-
-def _prepare(workdir: pathlib.Path, settings: dict) -> None:
-    """A fresh folder, or with --resume the one that holds a run of the same settings and data."""
-    path = workdir / "config.json"
-    there = [name for name in OURS if (workdir / name).exists()]
-    if there and not path.exists():
-        raise InputError(
-            f"holds {', '.join(there)} but no config.json: not a training folder of ours",
-            file=workdir,
-            remedy="Name another --workdir",
-        )
-    if FLAGS.resume and path.exists():
-        before, now = json.loads(path.read_text()), files.finite(settings)
-        if before != now:
-            names = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-            raise InputError(
-                f"this run had other settings or data: {', '.join(names)}",
-                file=path,
-                remedy="Resume with the same launcher, flags and data",
-            )
-        return
-    if there and not FLAGS.overwrite:
-        raise InputError(
-            f"holds a training run ({', '.join(there)})",
-            file=workdir,
-            remedy="Set --resume to go on with it, --overwrite to replace it, or name another --workdir",
-        )
-    files.remove(workdir, OURS)
-    files.write_json(path, settings)
-
-
-def refuse_overlap(model: artifact.Model, name: str, table: pa.Table, folder: str) -> None:
-    """Raises InputError where a model has learned from queries or pictures of a table."""
-    if what := artifact.learned_from(model, table):
-        raise InputError(
-            f"{name} has learned from {what} of this split",
-            file=folder,
-            remedy="Evaluate on data it has not seen, or set --allow_overlap to see optimistic figures",
-        )
-
-
-def provenance(state: State, passport: dict) -> dict[str, Any]:
-    """What a model says of its training; the members' median epoch and mean loss."""
-    return {
-        "certificate": files.digest(passport),
-        "settings": passport["settings"],
-        "labels": passport["labels"],
-        "best_epoch": int(np.median(np.asarray(state.best_epoch))),
-        "validation_loss": float(np.mean(np.asarray(state.best))),
-    }
-
-
-def describe(writer: SummaryWriter, setup: Setup, model: artifact.Model) -> None:
-    """A model's settings, and how well both heads are calibrated on held-out rows, in TensorBoard.
-
-    What is drawn of a fold comes from a calibrator of the same kind that has not seen it.
-    """
-    writer.text("config", "\n".join(f"    {k}: {v}" for k, v in model.config.items()))
-    held = fitting.held_out(setup, model)
-    heads = {"rank": (held.rank, held.y), "conflict": (held.conflict, held.is_conflict)}
-    for head, (logits, observed) in heads.items():
-        choice, known = model.calibration.choices[head], ~np.isnan(observed)
-        if known.any():
-            fit = calibration.CALIBRATORS[choice.kind]
-            predicted = calibration.cross_fitted(logits[known], observed[known], held.fold[known], fit)
-            writer.image(f"calibration/{head}", plots.reliability(_bins(predicted, observed[known]), head))
-        losses = "\n".join(f"| {kind} | {loss:.4f} |" for kind, loss in choice.log_loss.items())
-        writer.text(f"calibrators/{head}", f"chosen: {choice.kind}\n\n| kind | cross-validated log-loss |\n"
-                    f"|---|---:|\n{losses}")  # fmt: skip
-
-
-def _bins(predicted: np.ndarray, observed: np.ndarray) -> list[Mapping[str, Any]]:
-    """Reliability bins of equal width, without the empty ones."""
-    sums = bin_sums(np.zeros(len(predicted), int), predicted, observed, bin_of(predicted), 1)[0]
-    return [{"n": int(n), "predicted": p / n, "observed": y / n, "ci": None} for n, p, y in sums if n]
 
 
 class Loop:

@@ -47,7 +47,7 @@ from cotrr.errors import InputError
 from cotrr.evaluate.report import figure_text
 from cotrr.ranker import artifact, model_files
 from cotrr.store import open_store
-from experiments import loop
+from experiments import judging
 from experiments.terminal import actor, done, say, warn
 
 FLAGS = flags.FLAGS
@@ -154,7 +154,7 @@ def promote(registry: Registry) -> None:
     """The gate: judges, logs the look, and moves the champion where all checks pass."""
     wanted, data = policy.read(FLAGS.policy, policy.Policy), _needed("data")
     table = dataset.read(data, "test")
-    lists, label = loop.labelled_lists(table, data, "test")
+    lists, label = judging.labelled_lists(table, data, "test")
     experiment = _read(pathlib.Path(FLAGS.experiment)) if FLAGS.experiment else None
     say(f"judging {_needed('version')} by {wanted.name} on {len(lists.query_id):,} queries")
     event, judgement = gate.promote(

@@ -4,25 +4,28 @@ r"""Tune CoTRR-lite: configurations of a Sobol sequence are lanes of one program
         --flagfile=experiments/recipes/cotrr_lite.flags
 
 Configurations are judged by nDCG@10 of y on validation queries: the folds of train and validation
-(--folds=5, and the model learns from both in the end), or the validation split alone (--folds=0).  With
---members the last few are trained anew with as many seeds, and judged by their mean.  The test split is not
-read.
-Writes the model, sweep.json (all configurations) and recipe.flags (the chosen one).
+(--folds=5, and the model learns from both in the end), or the validation split alone (--folds=0).  In the
+end stands the centre of their best quarter: with few queries the best one is so by luck.  One of the
+best is taken instead where it beats the centre by more than chance would.  The test split is not read.
+Writes the model, sweep.json (all configurations) and recipe.flags (the one that was taken).
 """
 
 import dataclasses
 import pathlib
+from functools import partial
+from typing import Any
 
 import numpy as np
 from absl import flags
 
-from cotrr import files
+from cotrr import devices, files
 from cotrr.config import launch
-from cotrr.ranker import artifact, fitting, search, training
+from cotrr.ranker import artifact, fitting, search
 from cotrr.ranker.lanes import TrainConfig, make_lanes
+from cotrr.ranker.search import Found, Stage
 from cotrr.ranker.training import State
 from cotrr.summaries import SummaryWriter
-from experiments import loop
+from experiments import training_folder
 from experiments.loop import Loop
 from experiments.terminal import done, say
 
@@ -32,24 +35,29 @@ QUICK = {"folds": 3, "epochs": 8}
 
 def define_flags() -> None:
     """Flags of this launcher."""
-    loop.define_flags("Eight configurations, few epochs.")
+    training_folder.define_flags("Eight configurations, few epochs.")
     flags.DEFINE_integer("configurations", 64, "How many to look at, the given one first.", lower_bound=2)
-    flags.DEFINE_integer("rungs", 3, "Stages; each keeps a third of the lanes.", lower_bound=1,
+    flags.DEFINE_integer("rungs", 3, "Stages; each keeps half of the lanes.", lower_bound=1,
                          upper_bound=9)  # fmt: skip
-    flags.DEFINE_integer("finalists", 3, "Configurations that are trained anew with --members seeds, where "
-                         "there are several.", lower_bound=1)  # fmt: skip
+    flags.DEFINE_integer("finalists", 3, "How many are trained anew with --members seeds: the centre of the "
+                         "best quarter, then the best.", lower_bound=1)  # fmt: skip
 
 
 def main() -> None:
-    """Draws, halves, trains the finalists, saves the best."""
-    workdir, config = pathlib.Path(FLAGS.workdir), loop.config_from_flags(QUICK)
+    """Draws, halves, trains the finalists, saves the one that is taken."""
+    workdir, config = pathlib.Path(FLAGS.workdir), training_folder.config_from_flags(QUICK)
     count = 8 if FLAGS.quick else FLAGS.configurations
     more = {"configurations": count, "rungs": FLAGS.rungs, "finalists": FLAGS.finalists}
-    with loop.opened("sweep", config, **more) as (setup, passport):
-        configs = search.draw(config, count)
+    with training_folder.opened("sweep", config, **more) as (setup, passport):
         say(f"{count} configurations of {', '.join(search.space(config))}, as lanes of "
             f"{len(setup.views.train)} views")  # fmt: skip
-        model = crown(setup, *halve(setup, configs, workdir), workdir, passport)
+        run = partial(train, setup, workdir)
+        found = search.tune(
+            setup.train, search.draw(config, count), FLAGS.rungs, FLAGS.finalists, config.members, run
+        )
+        if not devices.primary():
+            return
+        model = save(setup, found, workdir, passport)
     done(
         {"model": f"{workdir}  ({model.version})", "recipe": workdir / "recipe.flags",
          "configurations": workdir / "sweep.json",
@@ -59,82 +67,45 @@ def main() -> None:
     )  # fmt: skip
 
 
-def halve(
-    setup: fitting.Setup, configs: list[TrainConfig], workdir: pathlib.Path
-) -> tuple[list[TrainConfig], State]:
-    """Trains all configurations, ever fewer of them ever longer; returns the last ones, best first.
-
-    Each rung has a folder with its own checkpoints, so a search that was killed goes on where it was.
-    """
-    everyone = make_lanes(configs)
-    alive, state, first = list(range(len(configs))), training.init_lanes(setup.train, everyone), 0
-    stages, looked_at = search.rungs(len(configs), setup.config.epochs, FLAGS.rungs), []
-    for stage, rung in enumerate(stages):
-        say(f"rung {stage + 1} of {len(stages)}: {len(alive)} lanes to epoch {rung.last}")
-        folder, lanes = workdir / f"rung-{stage + 1}", search.take(everyone, alive)
-        chosen = [configs[lane] for lane in alive]
-        with Loop(folder, chosen, FLAGS.checkpoint_every, alive, strict=False) as epochs:
-            state, reached = epochs.begin(state, first)
-            state = epochs.run(setup, lanes, state, reached, rung.last)
-        looked_at.append(_judged(configs, alive, state))
-        order = search.survivors(state, stages[min(stage + 1, len(stages) - 1)].lanes)
-        alive, state, first = [alive[k] for k in order], search.take(state, order), rung.last
-    files.write_json(workdir / "sweep.json", {"rungs": looked_at, "best": alive})
-    return [configs[lane] for lane in alive], state
+def train(setup: fitting.Setup, workdir: pathlib.Path, stage: Stage, state: State, first: int) -> State:
+    """Trains a stage's lanes in a folder of its own: a search that was killed goes on where it was."""
+    lanes, members = make_lanes(stage.configs), stage.configs[0].members
+    names = [number * members + member for number in stage.numbers for member in range(members)]
+    say(f"{stage.name}: {len(names)} lanes to epoch {stage.last}")
+    with Loop(workdir / stage.name, stage.configs, FLAGS.checkpoint_every, names, strict=False) as epochs:
+        state, reached = epochs.begin(state, first)
+        return epochs.run(setup, lanes, state, reached, stage.last)
 
 
-def _judged(configs: list[TrainConfig], alive: list[int], state: State) -> dict:
-    """What a rung found of each of its lanes."""
-    tried = search.space(configs[0])
-    return {
-        "lanes": [
-            {
-                "lane": lane,
-                "validation_metric": float(state.best_metric[k]),
-                "validation_loss": float(state.best[k]),
-                "best_epoch": int(state.best_epoch[k]),
-            }
-            | {name: getattr(configs[lane], name) for name in tried}
-            for k, lane in enumerate(alive)
-        ]
-    }
-
-
-def crown(
-    setup: fitting.Setup,
-    configs: list[TrainConfig],
-    state: State,
-    workdir: pathlib.Path,
-    passport: dict,
-) -> artifact.Model:
-    """Saves the best configuration as the model: with several members, by the mean of their seeds."""
-    members, best = setup.config.members, 0
-    if members > 1:
-        configs = [dataclasses.replace(config, members=members) for config in configs[: FLAGS.finalists]]
-        say(f"{len(configs)} finalists with {members} seeds each")
-        lanes = make_lanes(configs)
-        with Loop(workdir, configs, FLAGS.checkpoint_every, strict=False) as epochs:
-            state, first = epochs.begin(training.init_lanes(setup.train, lanes))
-            state = epochs.run(setup, lanes, state, first, setup.config.epochs)
-        best = search.survivors(state, 1, members)[0]
-    state = search.take(state, range(best * members, (best + 1) * members))
-    config = configs[best]
-    model = fitting.finish(setup, state, config, workdir.name, loop.provenance(state, passport))
-    artifact.save(model, workdir)
+def save(setup: fitting.Setup, found: Found, workdir: pathlib.Path, passport: dict) -> artifact.Model:
+    """Writes what was found of every configuration, the recipe that was taken, and its model."""
+    stages = {stage.name: _judged(stage, state) for stage, state in found.trained}
+    files.write_json(workdir / "sweep.json", stages | {"chosen": found.chosen})
     with SummaryWriter(workdir / "tensorboard") as writer:
-        loop.describe(writer, setup, model)
+        model = training_folder.save_model(setup, found.state, found.config, passport, writer)
+    what = "better than the centre by more than chance" if found.chosen else "the centre of the best quarter"
     with files.replacing(workdir / "recipe.flags") as temporary:
-        temporary.write_text(_recipe(config))
-    metric = float(np.mean(np.asarray(state.best_metric)))
-    say(f"best of {config.looked_at} configurations: mean validation nDCG@10 of y {metric:.4f}")
-    return artifact.load(workdir)
+        temporary.write_text(_recipe(found.config, what))
+    metric = float(np.mean(np.asarray(found.state.best_metric)))
+    say(f"of {found.config.looked_at} configurations, {what}: mean validation nDCG@10 of y {metric:.4f}")
+    return model
 
 
-def _recipe(config: TrainConfig) -> str:
+def _judged(stage: Stage, state: State) -> list[dict[str, Any]]:
+    """What a stage found of each of its configurations: the mean of their members."""
+    mean = lambda values: np.asarray(values, np.float64).reshape(len(stage.configs), -1).mean(axis=1)
+    found = map(mean, (state.best_metric, state.best, state.best_epoch))
+    return [
+        {"configuration": number, "validation_metric": metric, "validation_loss": loss, "best_epoch": epoch}
+        | {name: getattr(config, name) for name in search.space(config)}
+        for number, config, metric, loss, epoch in zip(stage.numbers, stage.configs, *found, strict=True)
+    ]
+
+
+def _recipe(config: TrainConfig, what: str) -> str:
     lines = [f"--{name}={value}" for name, value in dataclasses.asdict(config).items() if value != ""]
-    return (
-        "\n".join([f"# The best of {config.looked_at} configurations on validation queries.", *lines]) + "\n"
-    )
+    head = f"# Of {config.looked_at} configurations on validation queries, {what}."
+    return "\n".join([head, *lines]) + "\n"
 
 
 if __name__ == "__main__":

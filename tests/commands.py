@@ -5,6 +5,7 @@ import io
 import os
 import pathlib
 import runpy
+import socket
 import subprocess
 import sys
 import warnings
@@ -60,6 +61,18 @@ def start(name: str, *arguments: object) -> subprocess.Popen:
         cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
+
+
+def in_two_processes(name: str, *arguments: object) -> list[str]:
+    """What each of two processes says that together are one training launcher; both must end well."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    shared = [name, *arguments, "--distributed", f"--coordinator=localhost:{port}", "--processes=2"]
+    both = [start(*shared, f"--process={k}") for k in range(2)]
+    said = [process.communicate(timeout=300)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    return said
 
 
 def make_data(folder: pathlib.Path, queries: int, candidates: int, fractions: str) -> pathlib.Path:

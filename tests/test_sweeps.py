@@ -1,12 +1,14 @@
 """Sweeps and ablations as commands."""
 
+import itertools
 import json
 
+import jax
 import numpy as np
 import pytest
 
 from cotrr.ranker import artifact
-from tests.commands import launch, make_data
+from tests.commands import in_two_processes, launch, make_data
 
 pytestmark = pytest.mark.usefixtures("unoptimised")
 
@@ -22,17 +24,20 @@ def test_a_sweep_finds_a_recipe_and_can_be_resumed(data, tmp_path):
     call = ("sweep", f"--data={data}", f"--workdir={folder}", "--quick", "--image_components=16")
     said = launch(*call)
     found = json.loads((folder / "sweep.json").read_text())
-    sizes = [len(rung["lanes"]) for rung in found["rungs"]]
-    assert sizes == [8, 3, 1] and "8 configurations" in said
-    for before, after in zip(found["rungs"], found["rungs"][1:], strict=False):
-        best = sorted(before["lanes"], key=lambda lane: -lane["validation_metric"])[: len(after["lanes"])]
-        assert [lane["lane"] for lane in after["lanes"]] == [lane["lane"] for lane in best]
+    *rungs, finalists = (found[name] for name in ("rung-1", "rung-2", "rung-3", "finalists"))
+    assert [len(rung) for rung in rungs] == [8, 4, 2] and "8 configurations" in said
+    numbers = lambda rows: [row["configuration"] for row in rows]
+    by_metric = lambda rows: sorted(rows, key=lambda row: -row["validation_metric"])
+    for before, after in itertools.pairwise(rungs):
+        assert numbers(after) == numbers(by_metric(before)[: len(after)])
+    assert numbers(finalists) == [8, *numbers(by_metric(rungs[-1]))]
+    penalties = [row["penalty"] for row in finalists]
+    assert penalties[0] == pytest.approx(np.sqrt(penalties[1] * penalties[2]), rel=1e-3)
     model = artifact.load(folder)
-    assert model.config["looked_at"] == 8
-    chosen = next(lane for lane in found["rungs"][-1]["lanes"] if lane["lane"] == found["best"][0])
-    assert model.config["penalty"] == chosen["penalty"]
+    assert model.config["looked_at"] == 9
+    assert model.config["penalty"] == penalties[found["chosen"]]
     recipe = (folder / "recipe.flags").read_text()
-    assert f"--penalty={chosen['penalty']}" in recipe and "--looked_at=8\n" in recipe
+    assert f"--penalty={model.config['penalty']}" in recipe and "--looked_at=9\n" in recipe
     # What is there is gone over, and ends in the same model.
     (folder / "model.json").unlink()
     assert "resuming" in launch(*call, "--resume")
@@ -49,7 +54,7 @@ def test_a_sweep_finds_a_recipe_and_can_be_resumed(data, tmp_path):
 def test_finalists_are_trained_with_several_seeds(data, tmp_path):
     said = launch("sweep", f"--data={data}", f"--workdir={tmp_path / 'm'}", "--quick", "--image_components=8",
                   "--members=2", "--bagging=1", "--finalists=2", "--rungs=2")  # fmt: skip
-    assert "2 finalists with 2 seeds each" in said
+    assert "finalists: 4 lanes to epoch 8" in said
     model = artifact.load(tmp_path / "m")
     assert model.config["members"] == 2 and model.final.sum() == 2
     weights = np.asarray(model.params["params"]["query_weights"])[model.final]
@@ -60,8 +65,21 @@ def test_a_configuration_whose_loss_is_not_finite_is_lost_and_the_sweep_goes_on(
     said = launch("sweep", f"--data={data}", f"--workdir={tmp_path / 'm'}", "--quick", "--image_components=8",
                   "--learning_rate=1e30", "--rungs=1")  # fmt: skip  # the given one is the first
     found = json.loads((tmp_path / "m" / "sweep.json").read_text())
-    assert "the loss of lane 0" in said and found["best"][0] != 0
+    assert "the loss of lane 0" in said
+    assert 0 not in [row["configuration"] for row in found["finalists"]]
     assert np.isfinite(np.asarray(artifact.load(tmp_path / "m").params["params"]["query_weights"])).all()
+
+
+@pytest.mark.parametrize(("name", "wrote"), [("sweep", "sweep.json"), ("ablate", "ablation.json")])
+def test_two_processes_find_what_one_does(data, tmp_path, name, wrote):
+    call = (name, f"--data={data}", "--quick", "--folds=2", "--image_components=4", "--epochs=2")
+    launch(*call, f"--workdir={tmp_path / 'one'}")
+    said = in_two_processes(*call, f"--workdir={tmp_path / 'two'}")
+    assert "next:" in said[0] and "next:" not in said[1]
+    one, two = (jax.tree.leaves(json.loads((tmp_path / n / wrote).read_text())) for n in ("one", "two"))
+    assert len(one) == len(two) > 50
+    for a, b in zip(one, two, strict=True):
+        assert a == b if isinstance(a, str | bool) else a == pytest.approx(b, rel=1e-2, abs=1e-2)
 
 
 def test_ablations_are_compared_with_the_full_model(data, tmp_path):

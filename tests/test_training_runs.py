@@ -5,7 +5,6 @@ import os
 import pathlib
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from cotrr.checkpoints import Checkpoints
 from cotrr.ranker import fitting
-from tests.commands import ROOT, launch, make_data, run, start
+from tests.commands import ROOT, in_two_processes, launch, make_data, run, start
 
 pytestmark = pytest.mark.usefixtures("unoptimised")
 EPOCHS = 20
@@ -234,14 +233,8 @@ def test_quick_settings_give_way_to_those_of_the_command_line(data, tmp_path):
 
 
 def test_two_processes_train_what_one_does(data, straight, tmp_path):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
     folder = tmp_path / "model"
-    both = [start_training(data, folder, "--distributed", f"--coordinator=localhost:{port}", "--processes=2",
-                  f"--process={k}") for k in range(2)]  # fmt: skip
-    said = [process.communicate(timeout=300)[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0], said
+    said = in_two_processes("train", f"--data={data}", f"--workdir={folder}", *SETTINGS)
     assert "lowest validation loss" in said[0] and "lowest" not in said[1]
     one, two = (np.load(path / "weights.npz") for path in (straight, folder))
     for key in one.files:

@@ -121,7 +121,8 @@ class Train:
         broken = ~jnp.isfinite(metrics["total"])
         metrics = {name: jnp.mean(values, axis=0) for name, values in metrics.items()}
         metrics["broken_step"] = jnp.where(jnp.any(broken, axis=0), jnp.argmax(broken, axis=0), -1)
-        metrics |= self._validate(params, hparams, gates)
+        held_out = self._held_out(params, hparams, gates)
+        metrics |= {f"validation_{name}": jnp.nanmean(value, axis=1) for name, value in held_out.items()}
         # A view that broke must not drop out of the mean: it may have been the hardest.
         validated = jnp.any(self.examples.held_out, axis=(1, 2))
         loss = jnp.mean(metrics["validation_loss"], where=validated)
@@ -136,6 +137,11 @@ class Train:
         metrics = {name: jnp.where(over, jnp.nan, values) for name, values in metrics.items()}
         keep = lambda old, new: jax.tree.map(partial(jnp.where, over), old, new)
         return State(state.key, *keep(tuple(state)[1:], tuple(new)[1:])), metrics
+
+    def judge(self, state: State, hparams: Hyperparameters, mask: jax.Array) -> jax.Array:
+        """[Q] the metric of each query's held-out rows in the best epoch; NaN where none are held out."""
+        values = self._held_out(state.best_params, hparams, _gates(hparams, mask))["metric"]
+        return jnp.nanmean(values, axis=0)
 
     @property
     def _network(self) -> Reranker:
@@ -207,8 +213,8 @@ class Train:
         keys = jax.random.split(key, len(examples.gap))
         return jax.vmap(one, in_axes=(0, 0, 0, BY_VIEW))(*carry, keys, examples)
 
-    def _validate(self, params: Params, hparams: Hyperparameters, gates: Gates) -> dict[str, jax.Array]:
-        """[F] mean loss and metric of each view's held-out lists; NaN where nothing is held out."""
+    def _held_out(self, params: Params, hparams: Hyperparameters, gates: Gates) -> dict[str, jax.Array]:
+        """[F, Q] loss and metric of each view's held-out lists; NaN where nothing is held out."""
 
         def one(params: Params, example: Examples) -> dict[str, jax.Array]:
             where = example.held_out
@@ -223,8 +229,9 @@ class Train:
 
         order = jnp.pad(jnp.arange(self.queries), (0, self._steps * self._batch - self.queries),
                         constant_values=self.queries)  # fmt: skip
-        values = jax.lax.map(batch, self._batches(order))  # [steps, F, batch]
-        return {f"validation_{name}": jnp.nanmean(value, axis=(0, 2)) for name, value in values.items()}
+        values = jax.lax.map(batch, self._batches(order))  # [steps, F, batch and what fills it up]
+        by_query = lambda value: jnp.moveaxis(value[..., : self._batch], 1, 0).reshape(value.shape[1], -1)
+        return {name: by_query(value)[:, : self.queries] for name, value in values.items()}
 
 
 def query_order(seed: int, number: jax.Array | int, queries: int) -> jax.Array:
@@ -271,6 +278,21 @@ def run_epoch(
     """One epoch of all lanes: states [V, ...] and metrics [V, F] by name."""
     step = jax.vmap(train.epoch, in_axes=(0, None, 0, 0))
     return _everywhere(train, step(state, number, lanes.hparams, lanes.mask))
+
+
+def run_epochs(train: Train, state: State, lanes: Lanes, first: int, last: int) -> State:
+    """Epochs first + 1, …, last of all lanes, or fewer where every lane has stopped."""
+    for number in range(first, last):
+        if stopped(state, number, train.config).all():
+            break
+        state, _ = run_epoch(train, state, jnp.asarray(number), lanes)
+    return state
+
+
+@partial(jax.jit, compiler_options=WIDE)
+def judge_lanes(train: Train, state: State, lanes: Lanes) -> jax.Array:
+    """[V, Q] metrics of held-out rows in each lane's best epoch."""
+    return _everywhere(train, jax.vmap(train.judge)(state, lanes.hparams, lanes.mask))
 
 
 def _by_queries(mesh: Mesh, axis: int) -> NamedSharding:

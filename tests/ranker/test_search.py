@@ -15,7 +15,7 @@ from cotrr.ranker.lanes import TrainConfig
 def test_drawn_settings_lie_in_their_ranges_and_cover_them(hidden, dimensions):
     config = TrainConfig(hidden=hidden, seed=3)
     configs = search.draw(config, 129)
-    assert len(configs) == 129 and configs[0] == dataclasses.replace(config, looked_at=129)
+    assert len(configs) == 129 and configs[0] == dataclasses.replace(config, looked_at=130)
     assert len(search.space(config)) == dimensions
     for name, range_ in search.space(config).items():
         values = np.array([getattr(drawn, name) for drawn in configs[1:]])
@@ -30,10 +30,10 @@ def test_drawn_settings_lie_in_their_ranges_and_cover_them(hidden, dimensions):
 def test_the_same_seed_draws_the_same_and_more_draws_go_on():
     config = TrainConfig()
     assert search.draw(config, 9) == search.draw(config, 9)
-    more = [dataclasses.replace(drawn, looked_at=9) for drawn in search.draw(config, 16)]
+    more = [dataclasses.replace(drawn, looked_at=10) for drawn in search.draw(config, 16)]
     assert more[:9] == search.draw(config, 9)
-    found = search.draw(search.draw(config, 9)[3], 5)  # of what was found before: both looks count
-    assert {drawn.looked_at for drawn in found} == {13}
+    found = search.draw(search.draw(config, 9)[3], 5)  # of what was found before: all looks count
+    assert {drawn.looked_at for drawn in found} == {15}
     other = search.draw(dataclasses.replace(config, seed=1), 9)
     assert other[1].penalty != search.draw(config, 9)[1].penalty
     assert {
@@ -54,14 +54,51 @@ def test_the_best_go_on_and_undefined_ones_last():
     state = SimpleNamespace(best_metric=np.array([0.5, np.nan, 0.9, 0.7, 0.9, 1.0]),
                             best=np.array([1.0, np.inf, 1.0, 1.0, 1.0, np.inf]))  # fmt: skip
     assert search.survivors(state, 3) == [2, 4, 3]
-    assert search.survivors(state, 6) == [2, 4, 3, 0, 1, 5]
-    assert search.survivors(state, 2, members=2) == [1, 0]  # 0.8 on average; a lost seed loses the others
+    assert search.survivors(state, 6) == [2, 4, 3, 0]  # the others are lost
+    assert search.survivors(state, 2, members=2) == [1]  # a lost seed loses the others
 
 
 def test_all_lost_is_no_best():
     state = SimpleNamespace(best_metric=np.full(3, np.nan), best=np.full(3, np.inf))
     with pytest.raises(InputError, match="no configuration has a finite"):
         search.survivors(state, 1)
+
+
+def test_the_centre_is_the_geometric_mean_of_what_is_searched():
+    configs = [TrainConfig(penalty=p, margin=m, pair_power=q, conflict_weight=3)
+               for p, m, q in [(0.01, 0.2, 0), (0.04, 0, 0), (0.02, 0.8, 0.5)]]  # fmt: skip
+    centre = search.centre(configs)
+    assert centre == dataclasses.replace(configs[0], penalty=0.02, margin=0.4, pair_power=0.0)
+    assert search.centre(configs[:1]) == configs[0]
+
+
+def finalists(*values, lost=()):
+    """The state of lanes, and their metric [lanes, Q]."""
+    values = np.array(values)
+    best = np.where(np.isin(np.arange(len(values)), lost), np.inf, 1.0)
+    return SimpleNamespace(best_metric=np.nanmean(values, axis=1), best=best), values
+
+
+def test_the_centre_stays_unless_another_is_better_by_more_than_chance():
+    noise = np.random.default_rng(0).normal(0, 0.1, 100)
+    base = np.full(100, 0.5)
+    luck, sure = base + noise - noise.mean() + 0.015, base + 0.1 * noise + 0.03
+    apart = (luck - base).mean() / ((luck - base).std(ddof=1) / 10)
+    assert 1 < apart < 1.7  # one of few would be taken for it, not one of many
+    assert search.choose(*finalists(base, luck), looked_at=64) == 0
+    assert search.choose(*finalists(base, luck, sure), looked_at=64) == 2
+    assert search.choose(*finalists(base, base), looked_at=64) == 0
+    unknown = np.where(np.arange(100) < 50, np.nan, sure)
+    assert search.choose(*finalists(base, unknown), looked_at=64) == 1
+    assert search.choose(*finalists(base, base, sure, base), looked_at=64, members=2) == 1
+
+
+def test_a_lost_centre_is_not_taken():
+    base = np.full(50, 0.5)
+    assert search.choose(*finalists(base, base - 0.1, base - 0.2, lost=[0]), looked_at=9) == 1
+    assert search.choose(*finalists(base, base + 0.1, lost=[1]), looked_at=9) == 0
+    with pytest.raises(InputError, match="no configuration has a finite"):
+        search.choose(*finalists(base, base, lost=[0, 1]), looked_at=9)
 
 
 def test_lanes_are_taken_from_every_leaf():
