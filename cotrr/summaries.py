@@ -104,12 +104,12 @@ class SummaryWriter:
         metadata = pr_metadata.create_summary_metadata(None, None, THRESHOLDS)
         self._add(Summary(value=[Summary.Value(tag=tag, tensor=tensor, metadata=metadata)]), step)
 
-    def hparams(self, values: Mapping[str, Any], metrics: tuple[str, ...]) -> None:
-        """One row of the HParams table: this run's settings, and the scalar tags that judge it."""
+    def hparams(self, trial: str, values: Mapping[str, Any], metrics: tuple[str, ...]) -> None:
+        """A row of the HParams table: a trial's settings, and the scalar tags by which this run judges it."""
         plain = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in values.items()}
         domains = [hparams.HParam(name) for name in plain]
         self._add(hparams.hparams_config_pb(domains, [hparams.Metric(tag) for tag in metrics]), 0)
-        self._add(hparams.hparams_pb(plain), 0)
+        self._add(hparams.hparams_pb(plain, trial), 0)
 
     def end_session(self) -> None:
         """Marks this run's row of the HParams table as finished."""

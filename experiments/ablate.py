@@ -10,6 +10,7 @@ max-T.  Writes ablation.json, ablation.md and TensorBoard logs.
 
 import dataclasses
 import pathlib
+import re
 from typing import Any
 
 import numpy as np
@@ -73,6 +74,14 @@ def variants(config: TrainConfig, lists: Lists) -> dict[str, TrainConfig]:
     return {name: dataclasses.replace(config, **change) for name, change in changes.items()}
 
 
+def lane_names(configs: dict[str, TrainConfig]) -> list[str]:
+    """For each member of each ablation a name that a folder can have."""
+    plain = lambda name: re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
+    return [f"{number:02d}-{plain(name)}" + (f"-{member}" if config.members > 1 else "")
+            for number, (name, config) in enumerate(configs.items())
+            for member in range(config.members)]  # fmt: skip
+
+
 def main() -> None:
     """Trains all ablations, judges them, writes the tables."""
     workdir, config = pathlib.Path(FLAGS.workdir), training_folder.config_from_flags(QUICK)
@@ -83,7 +92,7 @@ def main() -> None:
         configs = variants(config, setup.development.lists)
         say(f"{len(configs)} ablations as lanes of {len(setup.views.train)} views; judged on {kind} labels "
             f"of {len(judged.query_id)} queries of the test split")  # fmt: skip
-        with Loop(workdir, list(configs.values()), FLAGS.checkpoint_every) as epochs:
+        with Loop(workdir, list(configs.values()), FLAGS.checkpoint_every, lane_names(configs)) as epochs:
             state = train(setup, configs, epochs)
             if not devices.primary():
                 return

@@ -1,6 +1,7 @@
 """Epochs as training launchers run them: with a log, checkpoints, TensorBoard, and a way to stop."""
 
 import contextlib
+import dataclasses
 import json
 import pathlib
 import signal
@@ -31,7 +32,7 @@ class Loop:
 
     Writes a line an epoch to epochs.jsonl and checkpoints, at intervals and when the process is told
     to end (SIGTERM) in an epoch, into `folder`; and a TensorBoard run for each lane.  `names` are the
-    lanes' numbers where they are not 0, 1, ….  A lane whose loss is not finite ends the run, or, where it is
+    lanes' where they are not 000, 001, ….  A lane whose loss is not finite ends the run, or, where it is
     not `strict`, keeps its best epoch before.
     """
 
@@ -40,12 +41,12 @@ class Loop:
         folder: pathlib.Path,
         configs: Sequence[TrainConfig],
         checkpoint_every: int,
-        names: Sequence[int] | None = None,
+        names: Sequence[str] | None = None,
         strict: bool = True,
     ):
         self._folder, self._every = folder, checkpoint_every
         self._lanes = [(config, k) for config in configs for k in range(config.members)]
-        self._names = list(range(len(self._lanes))) if names is None else names
+        self._names = names or [f"{k:03d}" for k in range(len(self._lanes))]
         self._strict, self._lost = strict, set[int]()
         self._told_to_end, self._way_on = False, "go on with --resume"
         self._writers: list[SummaryWriter] = []  # of the first process alone
@@ -56,7 +57,7 @@ class Loop:
             if devices.primary():
                 enter = lambda name: stack.enter_context(SummaryWriter(self._folder / "tensorboard" / name))
                 self.writer = enter("")
-                self._writers = [enter(f"lane-{name:03d}") for name in self._names]
+                self._writers = [enter(f"lane-{name}") for name in self._names]
             self._stack = stack.pop_all()
         return self
 
@@ -82,11 +83,11 @@ class Loop:
             there = path.read_bytes().splitlines() if path.exists() else []
             with files.replacing(path) as temporary:
                 temporary.write_bytes(b"".join(line + b"\n" for line in there if _epoch_of(line) <= reached))
-        for (config, member), writer in zip(self._lanes, self._writers, strict=False):
+        for lane, name, writer in zip(self._lanes, self._names, self._writers, strict=False):
             if there:
                 writer.restart(reached + 1)
             else:
-                writer.hparams(_varied(config) | {"member": member}, JUDGED)
+                writer.hparams(name, _shown(lane, self._lanes), JUDGED)
         return state, reached
 
     def run(self, setup: Setup, lanes: Lanes, state: State, first: int, last: int) -> State:
@@ -223,9 +224,12 @@ def _numbers(config: TrainConfig) -> dict[str, float]:
     return {name: getattr(config, name) for name in Hyperparameters._fields}
 
 
-def _varied(config: TrainConfig) -> dict[str, Any]:
-    """What the HParams table shows of a lane."""
-    return _numbers(config) | {name: getattr(config, name) for name in ("seed", "groups", "without")}
+def _shown(lane: tuple[TrainConfig, int], lanes: Sequence[tuple[TrainConfig, int]]) -> dict[str, Any]:
+    """What the HParams table shows of a lane: what the lanes differ in, or its numbers where it is alone."""
+    settings = lambda config, member: dataclasses.asdict(config) | {"member": member}
+    mine, others = settings(*lane), [settings(*other) for other in lanes]
+    differ = [name for name, value in mine.items() if any(other[name] != value for other in others)]
+    return {name: mine[name] for name in differ or Hyperparameters._fields}
 
 
 def _mean(values: np.ndarray) -> float:

@@ -70,7 +70,7 @@ def main() -> None:
 def train(setup: fitting.Setup, workdir: pathlib.Path, stage: Stage, state: State, first: int) -> State:
     """Trains a stage's lanes in a folder of its own: a search that was killed goes on where it was."""
     lanes, members = make_lanes(stage.configs), stage.configs[0].members
-    names = [number * members + member for number in stage.numbers for member in range(members)]
+    names = [f"{number * members + member:03d}" for number in stage.numbers for member in range(members)]
     say(f"{stage.name}: {len(names)} lanes to epoch {stage.last}")
     with Loop(workdir / stage.name, stage.configs, FLAGS.checkpoint_every, names, strict=False) as epochs:
         state, reached = epochs.begin(state, first)

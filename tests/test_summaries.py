@@ -108,13 +108,15 @@ def hparams_of(events, tag) -> plugin_data_pb2.HParamsPluginData:
 def test_hparams_make_one_finished_row(tmp_path):
     values = {"hidden": 8, "rate": 0.01, "groups": "clip,so", "quick": True, "sizes": (1, 2)}
     with SummaryWriter(tmp_path) as writer:
-        writer.hparams(values, ("validation/loss", "validation/metric"))
+        writer.hparams("one", values, ("validation/loss", "validation/metric"))
         writer.end_session()
     events = read(tmp_path)
     experiment = hparams_of(events, "_hparams_/experiment").experiment
     assert [info.name for info in experiment.hparam_infos] == list(values)
     assert [m.name.tag for m in experiment.metric_infos] == ["validation/loss", "validation/metric"]
-    row = hparams_of(events, "_hparams_/session_start_info").session_start_info.hparams
+    start = hparams_of(events, "_hparams_/session_start_info").session_start_info
+    row = start.hparams
+    assert start.group_name == "one"
     assert (row["hidden"].number_value, row["rate"].number_value) == (8, 0.01)
     assert (row["groups"].string_value, row["quick"].bool_value) == ("clip,so", True)
     assert row["sizes"].string_value == "(1, 2)"
@@ -168,7 +170,7 @@ with SummaryWriter(sys.argv[1]) as writer:
     writer.histogram("h", [1.0, 2.0], 0)
     writer.text("t", "words")
     writer.pr_curve("p", [True, False], [0.7, 0.2])
-    writer.hparams({"x": 1}, ("a",))
+    writer.hparams("one", {"x": 1}, ("a",))
     writer.end_session()
 assert not [name for name in sys.modules if name.startswith("tensorflow.")]
 assert sys.modules["tensorflow"] is None

@@ -6,6 +6,8 @@ import json
 import jax
 import numpy as np
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from cotrr.ranker import artifact
 from tests.commands import in_two_processes, launch, make_data
@@ -65,7 +67,7 @@ def test_a_configuration_whose_loss_is_not_finite_is_lost_and_the_sweep_goes_on(
     said = launch("sweep", f"--data={data}", f"--workdir={tmp_path / 'm'}", "--quick", "--image_components=8",
                   "--learning_rate=1e30", "--rungs=1")  # fmt: skip  # the given one is the first
     found = json.loads((tmp_path / "m" / "sweep.json").read_text())
-    assert "the loss of lane 0" in said
+    assert "the loss of lane 000" in said
     assert 0 not in [row["configuration"] for row in found["finalists"]]
     assert np.isfinite(np.asarray(artifact.load(tmp_path / "m").params["params"]["query_weights"])).all()
 
@@ -95,5 +97,13 @@ def test_ablations_are_compared_with_the_full_model(data, tmp_path):
         row = differences[name, "ndcg@10"]
         assert row["difference"]["value"] == pytest.approx(value(name) - value("full"), abs=1e-6)
         assert row["p_max_t"] >= row["p"]
+    # TensorBoard tells the lanes apart by name, and by what they differ in.
+    runs = {path.name for path in (tmp_path / "a" / "tensorboard").glob("lane-*")}
+    trained = rows.keys() - {"CLIP-only", "+SO", "+SO+Conflict", "Step 4 dual_score"}
+    assert len(runs) == len(trained) and {"lane-00-full", "lane-01-trained-on-clip"} <= runs
+    events = EventAccumulator(str(tmp_path / "a" / "tensorboard" / "lane-00-full")).Reload()
+    shown = HParamsPluginData.FromString(events.SummaryMetadata("_hparams_/experiment").plugin_data.content)
+    names = {info.name for info in shown.experiment.hparam_infos}
+    assert {"groups", "without", "lambda_power"} <= names and not {"penalty", "dropout", "seed"} & names
     table = (tmp_path / "a" / "ablation.md").read_text()
     assert table.count("\n| ") == len(rows) and "max-T" in table

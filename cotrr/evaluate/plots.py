@@ -44,9 +44,9 @@ def reliability(bins: list[Dict], title: str) -> bytes:
                 )
             if row["ci"]:
                 axes.plot([row["predicted"]] * 2, row["ci"], color="tab:blue", linewidth=1)
-        axes.plot(
-            [row["predicted"] for row in filled], [row["observed"] for row in filled], "o", color="tab:blue"
-        )
+        size = np.array([row["n"] for row in filled])  # by their area: a bin of one says little
+        axes.scatter([row["predicted"] for row in filled], [row["observed"] for row in filled],
+                     s=6 + 74 * size / size.max(initial=1), color="tab:blue", zorder=3)  # fmt: skip
         axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="predicted", ylabel="observed", title=title, aspect="equal")
 
     return _png(draw, 4.5, 4.5)
