@@ -62,7 +62,7 @@ def develop(lists: Lists, canonical_id: np.ndarray, where: np.ndarray, config: T
     run = lambda stage, state, first: training.run_epochs(
         train, state, make_lanes(stage.configs), first, stage.last
     )
-    found = search.tune(train, search.draw(config, FLAGS.configurations), 3, 3, config.members, run)
+    found = search.tune(train, search.draw(config, FLAGS.configurations), run, members=config.members)
     return fitting.finish(setup, found.state, found.config, "fold", {})
 
 

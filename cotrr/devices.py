@@ -2,19 +2,32 @@
 
 import os
 import sys
+from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from cotrr.errors import InputError
+
+T = TypeVar("T")
+
 
 def join(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
     """Makes this process one of several; unset arguments come from the cluster's environment.
 
-    Only the first speaks: the others' standard output is dropped.
+    Only the first speaks: the others' standard output is dropped.  Raises InputError where the processes
+    do not find each other.
     """
-    jax.distributed.initialize(coordinator, processes, process)
+    try:
+        jax.distributed.initialize(coordinator, processes, process)
+    except (ValueError, RuntimeError) as error:
+        raise InputError(
+            f"--distributed: {error}",
+            remedy="Give --coordinator and --processes, the same to all, and --process, counted from 0",
+        ) from None
     if not primary():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
 
@@ -34,6 +47,21 @@ def agree(flag: bool) -> bool:
     if jax.process_count() == 1:
         return flag
     return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
+
+
+def first_alone(work: Callable[[], T]) -> T | None:
+    """What `work` makes in the first process, while the others wait; None there.
+
+    Where it fails all processes do: those left alone would wait for the first for ever.
+    """
+    made, error = None, None
+    try:
+        made = work() if primary() else None
+    except Exception as caught:
+        error = caught
+    if agree(error is not None):
+        raise error or InputError("the first process failed, and says why")
+    return made
 
 
 def meet(name: str) -> None:

@@ -28,6 +28,7 @@ from cotrr.ranker import artifact, encoding, fitting, search, training
 from cotrr.ranker.encoding import names
 from cotrr.ranker.lanes import TrainConfig, make_lanes
 from cotrr.ranker.training import State
+from cotrr.summaries import SummaryWriter
 from experiments import judging, training_folder
 from experiments.loop import Loop
 from experiments.terminal import done, say
@@ -85,47 +86,56 @@ def lane_names(configs: dict[str, TrainConfig]) -> list[str]:
 def main() -> None:
     """Trains all ablations, judges them, writes the tables."""
     workdir, config = pathlib.Path(FLAGS.workdir), training_folder.config_from_flags(QUICK)
-    resamples = 1000 if FLAGS.quick else FLAGS.resamples
     test = dataset.read(FLAGS.data, "test")
     judged, kind = judging.labelled_lists(test, FLAGS.data, "test")
     with training_folder.opened("ablate", config) as (setup, passport):
+        learned = artifact.learned_from(fitting.seen(setup.development), test)
+        judging.refuse_overlap("every ablation learns", learned, FLAGS.data)
         configs = variants(config, setup.development.lists)
         say(f"{len(configs)} ablations as lanes of {len(setup.views.train)} views; judged on {kind} labels "
             f"of {len(judged.query_id)} queries of the test split")  # fmt: skip
         with Loop(workdir, list(configs.values()), FLAGS.checkpoint_every, lane_names(configs)) as epochs:
-            state = train(setup, configs, epochs)
-            if not devices.primary():
-                return
-            models = finish(setup, configs, state)
-            judging.refuse_overlap(models[FULL], FULL, test, FLAGS.data)
-            scored = {name: artifact.score(model, judged) for name, model in models.items()}
-            table = measure(judged, systems.ladder(models[FULL], judged), scored, resamples, config.seed)
-            text = markdown(table, kind)
-            epochs.writer.text("ablation", text)
-        facts = {"labels": kind, "breaches": certificate.breaches(passport),
-                 "settings": dataclasses.asdict(config)}  # fmt: skip
-        files.write_json(workdir / "ablation.json", table | facts)
-        with files.replacing(workdir / "ablation.md") as temporary:
-            temporary.write_text(text)
+            states = train(setup, configs, epochs)
+            facts = {"labels": kind, "breaches": certificate.breaches(passport),
+                     "settings": dataclasses.asdict(config)}  # fmt: skip
+            text = devices.first_alone(
+                lambda: write(judge(setup, configs, states, judged) | facts, epochs.writer)
+            )
+    if not text:
+        return
     say("\n" + text)
     done({"table": workdir / "ablation.md", "figures": workdir / "ablation.json",
           "tensorboard": f"tensorboard --logdir={workdir / 'tensorboard'}"},
          ["read the differences with their intervals: one that holds 0 shows nothing"])  # fmt: skip
 
 
-def train(setup: fitting.Setup, configs: dict[str, TrainConfig], epochs: Loop) -> State:
-    """The members of all ablations, trained together."""
-    lanes = make_lanes(list(configs.values()))
+def train(setup: fitting.Setup, configs: dict[str, TrainConfig], epochs: Loop) -> list[State]:
+    """The members [V] of each ablation, all trained together."""
+    lanes, members = make_lanes(list(configs.values())), setup.config.members
     state, first = epochs.begin(training.init_lanes(setup.train, lanes))
-    return epochs.run(setup, lanes, state, first, setup.config.epochs)
+    state = epochs.run(setup, lanes, state, first, setup.config.epochs)
+    return [search.take(state, range(k * members, (k + 1) * members)) for k in range(len(configs))]
 
 
-def finish(setup: fitting.Setup, configs: dict[str, TrainConfig], state: State) -> dict[str, artifact.Model]:
-    """The model of each ablation."""
-    members = setup.config.members
-    of = lambda k: search.take(state, range(k * members, (k + 1) * members))
-    return {name: fitting.finish(setup, of(k), config, name, {})
-            for k, (name, config) in enumerate(configs.items())}  # fmt: skip
+def judge(
+    setup: fitting.Setup, configs: dict[str, TrainConfig], states: list[State], lists: Lists
+) -> dict[str, Any]:
+    """What lists of the test split show of every ablation's model, and of Step 4's own ladder."""
+    models = {name: fitting.finish(setup, state, config, name, {})
+              for state, (name, config) in zip(states, configs.items(), strict=True)}  # fmt: skip
+    scored = {name: artifact.score(model, lists) for name, model in models.items()}
+    resamples = training_folder.quick("resamples", 1000)
+    return measure(lists, systems.ladder(models[FULL], lists), scored, resamples, setup.config.seed)
+
+
+def write(table: dict[str, Any], writer: SummaryWriter) -> str:
+    """Writes the table where people and programs look for it; returns it as text."""
+    workdir, text = pathlib.Path(FLAGS.workdir), markdown(table)
+    writer.text("ablation", text)
+    files.write_json(workdir / "ablation.json", table)
+    with files.replacing(workdir / "ablation.md") as temporary:
+        temporary.write_text(text)
+    return text
 
 
 def measure(
@@ -141,7 +151,7 @@ def measure(
     return {"rows": rows, "differences": ranked["comparisons"][0]}
 
 
-def markdown(table: dict[str, Any], kind: str) -> str:
+def markdown(table: dict[str, Any]) -> str:
     """The ablation table: values, then differences to the full model with simultaneous intervals."""
     found = {(row["system"], row["metric"]): row for row in table["differences"]["rows"]}
     head = [*(metric_name(m) for m in SHOWN), *(f"Δ {metric_name(m)}, points" for m in SHOWN), "conflict AUC"]
@@ -154,9 +164,9 @@ def markdown(table: dict[str, Any], kind: str) -> str:
         lines.append(f"| {name} | " + " | ".join([*cells, figure_text(auc) if auc else ""]) + " |")
     tests = table["differences"]["hypotheses"]
     text = (
-        f"By {kind} labels. Differences to `{FULL}`, resampled by query: intervals that all hold together "
-        f"with 95 % (none where a few queries decide), p by max-T over {tests} tests. What is taken out "
-        "stands at its domain's mean."
+        f"By {table['labels']} labels. Differences to `{FULL}`, resampled by query: intervals that all hold "
+        f"together with 95 % (none where a few queries decide), p by max-T over {tests} tests. What is "
+        "taken out stands at its domain's mean."
     )
     lines += ["", text]
     return "\n".join(lines) + "\n"

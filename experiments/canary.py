@@ -216,7 +216,8 @@ def _read_latencies(path: str | None) -> np.ndarray | None:
 def _probe(registry: Registry, state: State, model: Model, thresholds: CanaryPolicy, run: str) -> Probe:
     """Compliance@1 of the probe's queries, now and in earlier canaries."""
     table = dataset.read(FLAGS.probe, "test")
-    judging.refuse_overlap(model, FLAGS.version, table, FLAGS.probe)
+    learned = artifact.learned_from(model.seen, table)
+    judging.refuse_overlap(f"{model.version} has learned", learned, FLAGS.probe)
     lists, kind = judging.labelled_lists(table, FLAGS.probe, "test")
     if kind != labels.GOLD:
         raise InputError(f"its labels are {kind}: Step 4's own scores say nothing about people",

@@ -172,10 +172,12 @@ def _notices(models: dict[str, artifact.Model], passport: dict, job: Job, glance
     notices += [f"Data: {breach}." for breach in certificate.breaches(passport)]
     ids = pa.concat_tables([glance.learned for glance in glances])
     for folder, model in models.items():
+        learned = artifact.learned_from(model.seen, ids)
         if not FLAGS.allow_overlap:
-            judging.refuse_overlap(model, folder, ids, FLAGS.data)
-        if what := artifact.learned_from(model, ids):
-            notices.append(f"{folder} HAS LEARNED FROM {what} of this split: its figures are optimistic.")
+            judging.refuse_overlap(f"{folder} has learned", learned, FLAGS.data,
+                                   ", or set --allow_overlap to see optimistic figures")  # fmt: skip
+        if learned:
+            notices.append(f"{folder} HAS LEARNED FROM {learned} of this split: its figures are optimistic.")
     return notices
 
 

@@ -5,7 +5,6 @@ import pyarrow as pa
 from cotrr.data.lists import Lists
 from cotrr.errors import InputError
 from cotrr.evaluate import scoring
-from cotrr.ranker import artifact
 from experiments.terminal import warn
 
 
@@ -29,11 +28,11 @@ def check_labelled(lists: Lists, left_out: int, label: str, folder: str, split: 
         warn(f"{left_out} queries without {label} labels are left out")
 
 
-def refuse_overlap(model: artifact.Model, name: str, table: pa.Table, folder: str) -> None:
-    """Raises InputError where a model has learned from queries or pictures of a table."""
-    if what := artifact.learned_from(model, table):
+def refuse_overlap(who: str, learned: str, folder: str, way_out: str = "") -> None:
+    """Raises InputError where `who`, as "a model has learned", did so from what of a split, in words."""
+    if learned:
         raise InputError(
-            f"{name} has learned from {what} of this split",
+            f"{who} from {learned} of this split",
             file=folder,
-            remedy="Evaluate on data it has not seen, or set --allow_overlap to see optimistic figures",
+            remedy=f"Evaluate on data that is new to it{way_out}",
         )

@@ -54,10 +54,10 @@ class Loop:
     def __enter__(self) -> "Loop":
         with contextlib.ExitStack() as stack:
             self._kept = stack.enter_context(Checkpoints(self._folder / "checkpoints"))
-            if devices.primary():
-                enter = lambda name: stack.enter_context(SummaryWriter(self._folder / "tensorboard" / name))
-                self.writer = enter("")
-                self._writers = [enter(f"lane-{name}") for name in self._names]
+            enter = lambda name: stack.enter_context(SummaryWriter(self._folder / "tensorboard" / name))
+            names = ["", *(f"lane-{name}" for name in self._names)]
+            if writers := devices.first_alone(lambda: list(map(enter, names))):
+                self.writer, *self._writers = writers
             self._stack = stack.pop_all()
         return self
 
@@ -78,17 +78,19 @@ class Loop:
         state, reached = self._kept.load_latest(fresh) or (fresh, first)
         if reached > first:
             say(f"resuming after epoch {reached}")
-        path, there = self._folder / "epochs.jsonl", list[bytes]()
-        if devices.primary():
-            there = path.read_bytes().splitlines() if path.exists() else []
-            with files.replacing(path) as temporary:
-                temporary.write_bytes(b"".join(line + b"\n" for line in there if _epoch_of(line) <= reached))
-        for lane, name, writer in zip(self._lanes, self._names, self._writers, strict=False):
+        devices.first_alone(lambda: self._begin_logs(reached))
+        return state, reached
+
+    def _begin_logs(self, reached: int) -> None:
+        path = self._folder / "epochs.jsonl"
+        there = path.read_bytes().splitlines() if path.exists() else []
+        with files.replacing(path) as temporary:
+            temporary.write_bytes(b"".join(line + b"\n" for line in there if _epoch_of(line) <= reached))
+        for name, shown, writer in zip(self._names, _shown(self._lanes), self._writers, strict=True):
             if there:
                 writer.restart(reached + 1)
             else:
-                writer.hparams(name, _shown(lane, self._lanes), JUDGED)
-        return state, reached
+                writer.hparams(name, shown, JUDGED)
 
     def run(self, setup: Setup, lanes: Lanes, state: State, first: int, last: int) -> State:
         """Epochs first + 1, …, last, or fewer where every lane has stopped.
@@ -179,7 +181,9 @@ class Loop:
             warn(f"no checkpoint after epoch {epoch}: {error}")
             self._way_on = "--resume goes on from the checkpoint before"
         if self._writers:
-            _log_parameters(self._writers[0], jax.tree.map(lambda leaf: leaf[0], state.params), epoch)
+            _log_parameters(
+                self._writers[0], jax.tree.map(lambda leaf: np.asarray(leaf)[0], state.params), epoch
+            )
         return told_to_end
 
 
@@ -224,12 +228,11 @@ def _numbers(config: TrainConfig) -> dict[str, float]:
     return {name: getattr(config, name) for name in Hyperparameters._fields}
 
 
-def _shown(lane: tuple[TrainConfig, int], lanes: Sequence[tuple[TrainConfig, int]]) -> dict[str, Any]:
-    """What the HParams table shows of a lane: what the lanes differ in, or its numbers where it is alone."""
-    settings = lambda config, member: dataclasses.asdict(config) | {"member": member}
-    mine, others = settings(*lane), [settings(*other) for other in lanes]
-    differ = [name for name, value in mine.items() if any(other[name] != value for other in others)]
-    return {name: mine[name] for name in differ or Hyperparameters._fields}
+def _shown(lanes: Sequence[tuple[TrainConfig, int]]) -> list[dict[str, Any]]:
+    """What the HParams table shows of each lane: what they differ in; of one alone, its numbers."""
+    settings = [dataclasses.asdict(config) | {"member": member} for config, member in lanes]
+    differ = [name for name in settings[0] if len({lane[name] for lane in settings}) > 1]
+    return [{name: lane[name] for name in differ or Hyperparameters._fields} for lane in settings]
 
 
 def _mean(values: np.ndarray) -> float:

@@ -102,7 +102,7 @@ def register(registry: Registry) -> None:
     for breach in certificate.breaches(passport):
         warn(breach)
     table = dataset.read(data, "test")
-    if what := artifact.learned_from(model, table):
+    if what := artifact.learned_from(model.seen, table):
         raise InputError(f"{folder} has learned from {what} of the test split", file=data,
                          remedy="Name the dataset that it was trained on")  # fmt: skip
     lists = to_lists(table)

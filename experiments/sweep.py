@@ -7,7 +7,9 @@ Configurations are judged by nDCG@10 of y on validation queries: the folds of tr
 (--folds=5, and the model learns from both in the end), or the validation split alone (--folds=0).  In the
 end stands the centre of their best quarter: with few queries the best one is so by luck.  One of the
 best is taken instead where it beats the centre by more than chance would.  The test split is not read.
-Writes the model, sweep.json (all configurations) and recipe.flags (the one that was taken).
+Writes the model, recipe.flags (the one that was taken) and sweep.json: by stage (rung-1, …, finalists) every
+configuration with its number, settings and figures, the mean of its members; which was `taken`, and `why`.
+The centre has the number after the last.
 """
 
 import dataclasses
@@ -21,7 +23,7 @@ from absl import flags
 from cotrr import devices, files
 from cotrr.config import launch
 from cotrr.ranker import artifact, fitting, search
-from cotrr.ranker.lanes import TrainConfig, make_lanes
+from cotrr.ranker.lanes import make_lanes
 from cotrr.ranker.search import Found, Stage
 from cotrr.ranker.training import State
 from cotrr.summaries import SummaryWriter
@@ -38,26 +40,28 @@ def define_flags() -> None:
     training_folder.define_flags("Eight configurations, few epochs.")
     flags.DEFINE_integer("configurations", 64, "How many to look at, the given one first.", lower_bound=2)
     flags.DEFINE_integer("rungs", 3, "Stages; each keeps half of the lanes.", lower_bound=1,
-                         upper_bound=9)  # fmt: skip
+                         upper_bound=len(search.STAGES) - 1)  # fmt: skip
     flags.DEFINE_integer("finalists", 3, "How many are trained anew with --members seeds: the centre of the "
-                         "best quarter, then the best.", lower_bound=1)  # fmt: skip
+                         "best quarter, then the best.", lower_bound=2)  # fmt: skip
 
 
 def main() -> None:
     """Draws, halves, trains the finalists, saves the one that is taken."""
     workdir, config = pathlib.Path(FLAGS.workdir), training_folder.config_from_flags(QUICK)
-    count = 8 if FLAGS.quick else FLAGS.configurations
+    count = training_folder.quick("configurations", 8)
     more = {"configurations": count, "rungs": FLAGS.rungs, "finalists": FLAGS.finalists}
     with training_folder.opened("sweep", config, **more) as (setup, passport):
         say(f"{count} configurations of {', '.join(search.space(config))}, as lanes of "
             f"{len(setup.views.train)} views")  # fmt: skip
-        run = partial(train, setup, workdir)
         found = search.tune(
-            setup.train, search.draw(config, count), FLAGS.rungs, FLAGS.finalists, config.members, run
-        )
-        if not devices.primary():
-            return
-        model = save(setup, found, workdir, passport)
+            setup.train, search.draw(config, count), partial(train, setup, workdir), rungs=FLAGS.rungs,
+            finalists=FLAGS.finalists, members=config.members,
+        )  # fmt: skip
+        model = devices.first_alone(lambda: save(setup, found, workdir, passport))
+    if not model:
+        return
+    say(f"of {found.config.looked_at} configurations {found.why}: "
+        f"nDCG@10 of y on validation {found.metric:.4f}")  # fmt: skip
     done(
         {"model": f"{workdir}  ({model.version})", "recipe": workdir / "recipe.flags",
          "configurations": workdir / "sweep.json",
@@ -69,8 +73,10 @@ def main() -> None:
 
 def train(setup: fitting.Setup, workdir: pathlib.Path, stage: Stage, state: State, first: int) -> State:
     """Trains a stage's lanes in a folder of its own: a search that was killed goes on where it was."""
-    lanes, members = make_lanes(stage.configs), stage.configs[0].members
-    names = [f"{number * members + member:03d}" for number in stage.numbers for member in range(members)]
+    lanes = make_lanes(stage.configs)
+    names = [f"{number:03d}" + (f"-{member}" if config.members > 1 else "")
+             for number, config in zip(stage.numbers, stage.configs, strict=True)
+             for member in range(config.members)]  # fmt: skip
     say(f"{stage.name}: {len(names)} lanes to epoch {stage.last}")
     with Loop(workdir / stage.name, stage.configs, FLAGS.checkpoint_every, names, strict=False) as epochs:
         state, reached = epochs.begin(state, first)
@@ -80,14 +86,12 @@ def train(setup: fitting.Setup, workdir: pathlib.Path, stage: Stage, state: Stat
 def save(setup: fitting.Setup, found: Found, workdir: pathlib.Path, passport: dict) -> artifact.Model:
     """Writes what was found of every configuration, the recipe that was taken, and its model."""
     stages = {stage.name: _judged(stage, state) for stage, state in found.trained}
-    files.write_json(workdir / "sweep.json", stages | {"chosen": found.chosen})
+    taken = {"taken": found.number, "why": found.why, "validation_metric": found.metric}
+    files.write_json(workdir / "sweep.json", stages | taken)
     with SummaryWriter(workdir / "tensorboard") as writer:
         model = training_folder.save_model(setup, found.state, found.config, passport, writer)
-    what = "better than the centre by more than chance" if found.chosen else "the centre of the best quarter"
     with files.replacing(workdir / "recipe.flags") as temporary:
-        temporary.write_text(_recipe(found.config, what))
-    metric = float(np.mean(np.asarray(found.state.best_metric)))
-    say(f"of {found.config.looked_at} configurations, {what}: mean validation nDCG@10 of y {metric:.4f}")
+        temporary.write_text(_recipe(found))
     return model
 
 
@@ -102,10 +106,10 @@ def _judged(stage: Stage, state: State) -> list[dict[str, Any]]:
     ]
 
 
-def _recipe(config: TrainConfig, what: str) -> str:
-    lines = [f"--{name}={value}" for name, value in dataclasses.asdict(config).items() if value != ""]
-    head = f"# Of {config.looked_at} configurations on validation queries, {what}."
-    return "\n".join([head, *lines]) + "\n"
+def _recipe(found: Found) -> str:
+    head = f"# Of {found.config.looked_at} configurations {found.why}."
+    settings = dataclasses.asdict(found.config)
+    return "\n".join([head, *(f"--{name}={value}" for name, value in settings.items() if value != "")]) + "\n"
 
 
 if __name__ == "__main__":

@@ -54,9 +54,9 @@ def train(setup: fitting.Setup, workdir: pathlib.Path, passport: dict) -> artifa
     with Loop(workdir, [setup.config], FLAGS.checkpoint_every) as epochs:
         state, first = epochs.begin(training.init_lanes(setup.train, lanes))
         state = epochs.run(setup, lanes, state, first, setup.config.epochs)
-        if not devices.primary():
-            return None
-        return training_folder.save_model(setup, state, setup.config, passport, epochs.writer)
+        return devices.first_alone(
+            lambda: training_folder.save_model(setup, state, setup.config, passport, epochs.writer)
+        )
 
 
 if __name__ == "__main__":

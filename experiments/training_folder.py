@@ -21,7 +21,7 @@ from cotrr.errors import InputError
 from cotrr.evaluate import plots
 from cotrr.evaluate.calibration import bin_of, bin_sums
 from cotrr.evaluate.metrics import ndcg
-from cotrr.ranker import artifact, calibration, fitting
+from cotrr.ranker import artifact, calibration, fitting, search
 from cotrr.ranker.fitting import Development, Setup
 from cotrr.ranker.lanes import TrainConfig
 from cotrr.ranker.training import State
@@ -33,7 +33,7 @@ SHARED = ("data", "workdir", "quick", "overwrite", "resume", "checkpoint_every",
           "distributed", "coordinator", "processes", "process")  # fmt: skip
 OURS = ("model.json", "weights.npz", "trained_on.npz", "epochs.jsonl", "checkpoints", "tensorboard",
         "sweep.json", "recipe.flags", "ablation.json", "ablation.md",
-        *(f"rung-{k}" for k in range(1, 10)), "finalists")  # fmt: skip
+        *search.STAGES)  # fmt: skip
 
 
 def define_flags(quick: str) -> None:
@@ -66,14 +66,18 @@ def config_from_flags(quick: Mapping[str, Any]) -> TrainConfig:
     return dataclasses.replace(config, **changes) if FLAGS.quick else config
 
 
+def quick(name: str, value: Any) -> Any:
+    """What a flag beside the training settings says, or, with --quick and where it is not given, `value`."""
+    return value if FLAGS.quick and not FLAGS[name].present else FLAGS[name].value
+
+
 @contextlib.contextmanager
 def opened(launcher: str, config: TrainConfig, **more: Any) -> Iterator[tuple[Setup, dict]]:
     """The setup of a launcher's run and the data's certificate, while the workdir is its own.
 
     `more` are settings that a resumed run must share too.  Of several processes all train, one writes.
     """
-    if FLAGS.distributed:
-        devices.join(FLAGS.coordinator, FLAGS.processes, FLAGS.process)
+    _join()
     workdir, passport = pathlib.Path(FLAGS.workdir), dataset.read_certificate(FLAGS.data)
     for breach in certificate.breaches(passport):
         warn(breach)
@@ -81,20 +85,22 @@ def opened(launcher: str, config: TrainConfig, **more: Any) -> Iterator[tuple[Se
     settings |= {"certificate": files.digest(passport)} | more
     with contextlib.ExitStack() as stack:
         setup = fitting.set_up(read_development(FLAGS.data), config, partial(ndcg, k=10), devices.mesh())
-        refused: InputError | None = None
-        try:
-            if devices.primary():
-                stack.enter_context(files.locked(workdir / ".lock"))
-                _prepare(workdir, settings)
-        except InputError as error:
-            refused = error
-        if devices.agree(refused is not None):  # all processes end together, or those without hang
-            raise refused or InputError("the first process was refused", file=workdir)
+        devices.first_alone(lambda: _prepare(stack, workdir, settings))
         yield setup, passport
 
 
-def _prepare(workdir: pathlib.Path, settings: dict) -> None:
-    """A fresh folder, or with --resume the one that holds a run of the same settings and data."""
+def _join() -> None:
+    """Makes this process one of several where flags say so."""
+    given = [f"--{name}" for name in ("coordinator", "processes", "process") if FLAGS[name].present]
+    if given and not FLAGS.distributed:
+        raise InputError(f"{', '.join(given)}: one process has no use for it", remedy="Set --distributed too")
+    if FLAGS.distributed:
+        devices.join(FLAGS.coordinator, FLAGS.processes, FLAGS.process)
+
+
+def _prepare(stack: contextlib.ExitStack, workdir: pathlib.Path, settings: dict) -> None:
+    """Locks a fresh folder, or with --resume the one that holds a run of the same settings and data."""
+    stack.enter_context(files.locked(workdir / ".lock"))
     path = workdir / "config.json"
     there = [name for name in OURS if (workdir / name).exists()]
     if there and not path.exists():
@@ -104,7 +110,7 @@ def _prepare(workdir: pathlib.Path, settings: dict) -> None:
             remedy="Name another --workdir",
         )
     if FLAGS.resume and path.exists():
-        before, now = json.loads(path.read_text()), files.finite(settings)
+        before, now = _read_settings(path), files.finite(settings)
         # Wherever the data lie now, their certificate must be the same.
         names = sorted(
             key for key in (before.keys() | now.keys()) - {"data"} if before.get(key) != now.get(key)
@@ -124,6 +130,15 @@ def _prepare(workdir: pathlib.Path, settings: dict) -> None:
         )
     files.remove(workdir, OURS)
     files.write_json(path, settings)
+
+
+def _read_settings(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError):
+        raise InputError(
+            "not the settings of a training run", file=path, remedy="Set --overwrite to begin anew"
+        ) from None
 
 
 def read_development(folder: str) -> Development:

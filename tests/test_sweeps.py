@@ -37,7 +37,8 @@ def test_a_sweep_finds_a_recipe_and_can_be_resumed(data, tmp_path):
     assert penalties[0] == pytest.approx(np.sqrt(penalties[1] * penalties[2]), rel=1e-3)
     model = artifact.load(folder)
     assert model.config["looked_at"] == 9
-    assert model.config["penalty"] == penalties[found["chosen"]]
+    assert model.config["penalty"] == penalties[numbers(finalists).index(found["taken"])]
+    assert found["why"] in (folder / "recipe.flags").read_text() and found["why"] in said
     recipe = (folder / "recipe.flags").read_text()
     assert f"--penalty={model.config['penalty']}" in recipe and "--looked_at=9\n" in recipe
     # What is there is gone over, and ends in the same model.

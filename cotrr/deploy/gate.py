@@ -212,7 +212,7 @@ def _data_checks(contest: Contest, policy: Policy, engine: Engine) -> list[Check
     """Whether the test set may decide anything."""
     models = {"candidate": contest.candidate, "champion": contest.champion}
     seen = [f"the {name} has learned from {what}" for name, model in models.items()
-            if model and (what := artifact.learned_from(model, contest.test.table))]  # fmt: skip
+            if model and (what := artifact.learned_from(model.seen, contest.test.table))]  # fmt: skip
     leaks, unchecked = (
         certificate.leaks(contest.test.passport) + seen,
         certificate.unchecked(contest.test.passport),

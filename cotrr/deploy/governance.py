@@ -181,7 +181,7 @@ def check_model(where: str, content: Mapping[str, bytes], data: Data) -> list[Br
         return unchecked(["learned_from_test", *OF_REPORT], where, "the test split cannot be read")
     try:
         model = artifact.parse(content, where)
-        learned = artifact.learned_from(model, data.tables["test"])
+        learned = artifact.learned_from(model.seen, data.tables["test"])
     except GARBLED as error:
         return unchecked(["learned_from_test", *OF_REPORT], where, f"cannot be read ({error!r})")
     found = [Breach("learned_from_test", where, f"{learned} of {data.folder}")] if learned else []

@@ -86,7 +86,7 @@ def glance(data: str, models: Sequence[tuple[str, str]], part: Part) -> Glance:
     """Reads three columns of a part; raises InputError where it cannot be read."""
     table = _columns(data, part, [*IDS, "label"])
     ids, kinds = table.select(IDS), table["label"].unique().to_pylist()
-    learned = any(artifact.learned_from(load(*model), ids) for model in models)
+    learned = any(artifact.learned_from(load(*model).seen, ids) for model in models)
     return Glance(len(table), frozenset(kinds), ids if learned else ids.schema.empty_table())
 
 

@@ -52,14 +52,14 @@ def hashes(kind: str, ids: np.ndarray) -> np.ndarray:
     return np.unique(unit_hash(kind, sorted(set(ids)), "seen"))
 
 
-def overlap(model: Model, kind: str, ids: np.ndarray) -> int:
-    """How many of the distinct ids the model has learned from."""
-    return int(np.isin(hashes(kind, ids), model.seen[kind]).sum())
+def overlap(seen: Mapping[str, np.ndarray], kind: str, ids: np.ndarray) -> int:
+    """How many of the distinct ids are `seen`, which is what a model has learned from."""
+    return int(np.isin(hashes(kind, ids), seen[kind]).sum())
 
 
-def learned_from(model: Model, table: pa.Table) -> str:
-    """What of a table a model has learned from, in words; empty: nothing."""
-    shared = {key: overlap(model, key, table[key].to_numpy(zero_copy_only=False))
+def learned_from(seen: Mapping[str, np.ndarray], table: pa.Table) -> str:
+    """What of a table is `seen`, in words; empty: nothing."""
+    shared = {key: overlap(seen, key, table[key].to_numpy(zero_copy_only=False))
               for key in ("query_id", "canonical_id")}  # fmt: skip
     return " and ".join(f"{count} {key}" for key, count in shared.items()) if any(shared.values()) else ""
 

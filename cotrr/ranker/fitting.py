@@ -60,6 +60,15 @@ def set_up(
     return Setup(config, development, words, statistics, encoded, views, train)
 
 
+def seen(development: Development) -> dict[str, np.ndarray]:
+    """Hashes of the queries and pictures that a model of a development learns from."""
+    learned = development.lists.labelled
+    return {
+        "query_id": artifact.hashes("query_id", development.lists.query_id[learned.any(axis=1)]),
+        "canonical_id": artifact.hashes("canonical_id", development.canonical_id[learned]),
+    }
+
+
 # [F, Q, ...] features of each query by each view's statistics
 featurize_views = jax.jit(jax.vmap(jax.vmap(features.featurize, in_axes=(None, 0)), in_axes=(0, None)))
 
@@ -129,7 +138,6 @@ def finish(
         text_axes=size(setup.statistics.text_axes, config.text_size),
         match_scale=setup.statistics.match_scale / np.float32(config.match_size or 1e-30),
     )
-    learned = lists.labelled
     judged = setup.views.held_out.any(axis=0)
     model = artifact.Model(
         name=name,
@@ -141,9 +149,6 @@ def finish(
         final=np.arange(views * members) >= (views - 1) * members,
         calibration=calibrators.NONE,
         provenance=provenance | {"calibrated_on": "gold" if lists.gold[judged].all() else "silver"},
-        seen={
-            "query_id": artifact.hashes("query_id", lists.query_id[learned.any(axis=1)]),
-            "canonical_id": artifact.hashes("canonical_id", setup.development.canonical_id[learned]),
-        },
+        seen=seen(setup.development),
     )
     return model._replace(calibration=calibration.fit(*held_out(setup, model)))

@@ -13,6 +13,9 @@ from cotrr.ranker import training
 from cotrr.ranker.lanes import TrainConfig, make_lanes
 from cotrr.ranker.training import State, Train
 
+STAGES = (*(f"rung-{k}" for k in range(1, 10)), "finalists")  # the most there are
+SURE = 0.05
+
 
 class Range(NamedTuple):
     """Where a setting is drawn from: uniformly in its logarithm, but for a share of exact zeros."""
@@ -90,14 +93,14 @@ class Rung(NamedTuple):
     last: int  # epoch that it ends after
 
 
-def rungs(count: int, epochs: int, stages: int) -> list[Rung]:
-    """The stages of a search: each keeps half of the lanes, the epochs go up by halves.
+def ladder(count: int, epochs: int, rungs: int) -> list[Rung]:
+    """The rungs of a search: each keeps half of the lanes, the epochs go up by halves.
 
-    >>> rungs(64, 60, 3)
+    >>> ladder(64, 60, 3)
     [Rung(lanes=64, last=15), Rung(lanes=32, last=30), Rung(lanes=16, last=60)]
     """
-    return [Rung(-(-count // 2**stage), max(epochs // 2 ** (stages - 1 - stage), 1))
-            for stage in range(stages)]  # fmt: skip
+    return [Rung(-(-count // 2**rung), max(epochs // 2 ** (rungs - 1 - rung), 1))
+            for rung in range(rungs)]  # fmt: skip
 
 
 class Stage(NamedTuple):
@@ -114,8 +117,10 @@ class Found(NamedTuple):
 
     config: TrainConfig
     state: State  # of its members
+    metric: float  # of its members' mean score, over held-out queries
+    number: int  # of the configuration; the centre's comes after the last
+    why: str  # it was taken
     trained: list[tuple[Stage, State]]  # every stage, the finalists last
-    chosen: int  # which finalist; 0 is the centre
 
 
 # Trains the lanes of a stage from a state that has so many epochs behind it.
@@ -123,51 +128,66 @@ Run = Callable[[Stage, State, int], State]
 
 
 def tune(
-    train: Train, configs: Sequence[TrainConfig], stages: int, finalists: int, members: int, run: Run
+    train: Train,
+    configs: Sequence[TrainConfig],
+    run: Run,
+    *,
+    rungs: int = 3,
+    finalists: int = 3,
+    members: int = 1,
 ) -> Found:
     """The centre of the best quarter of some configurations, or the best of them, with so many members.
 
     The best of many is so by luck where the held-out queries are few; what the best have in common is
-    not.  So the centre is taken, unless one of the other finalists beats it by more than chance would.
+    not.  So the centre is taken, unless another of at least two finalists beats it by more than chance.
     """
-    trained, order = halve(train, configs, stages, run)
-    best = order[: -(-len(configs) // 4)]
-    with_members = [dataclasses.replace(configs[k], members=members) for k in best]
-    contest = [centre(with_members), *with_members[: finalists - 1]]
-    stage = Stage("finalists", contest, train.config.epochs, [len(configs), *best[: finalists - 1]])
-    lanes = make_lanes(contest)
+    trained, ranked = halve(train, configs, run, rungs)
+    best = [dataclasses.replace(configs[k], members=members) for k in ranked[: -(-len(configs) // 4)]]
+    contest = [centre(best), *best[: finalists - 1]]
+    numbers = [len(configs), *ranked[: len(contest) - 1]]
+    stage, lanes = Stage(STAGES[-1], contest, train.config.epochs, numbers), make_lanes(contest)
     state = run(stage, training.init_lanes(train, lanes), 0)
-    chosen = choose(state, np.asarray(training.judge_lanes(train, state, lanes)), len(configs), members)
+    values = np.asarray(training.judge_lanes(train, state, lanes, members))
+    chosen, why = choose(values, survivors(state, len(contest), members), contest[0].looked_at)
     of_chosen = take(state, range(chosen * members, (chosen + 1) * members))
-    return Found(contest[chosen], of_chosen, [*trained, (stage, state)], chosen)
+    metric, both = float(np.nanmean(values[chosen])), [*trained, (stage, state)]
+    return Found(contest[chosen], of_chosen, metric, numbers[chosen], why, both)
 
 
 def halve(
-    train: Train, configs: Sequence[TrainConfig], stages: int, run: Run
+    train: Train, configs: Sequence[TrainConfig], run: Run, rungs: int
 ) -> tuple[list[tuple[Stage, State]], list[int]]:
-    """Trains all configurations, ever fewer of them ever longer; and who went to the end, best first."""
+    """Trains all configurations, ever fewer of them ever longer; and their numbers, best first.
+
+    Who went on is better than who did not; who was lost is not among them.
+    """
     state, first, trained = training.init_lanes(train, make_lanes(configs)), 0, list[tuple[Stage, State]]()
-    alive, ladder = list(range(len(configs))), rungs(len(configs), train.config.epochs, stages)
-    for rung, following in zip(ladder, [*ladder[1:], ladder[-1]], strict=True):
-        stage = Stage(f"rung-{len(trained) + 1}", [configs[k] for k in alive], rung.last, alive)
+    alive, dropped = list(range(len(configs))), list[int]()
+    stages = ladder(len(configs), train.config.epochs, rungs)
+    for name, rung, following in zip(STAGES, stages, [*stages[1:], stages[-1]], strict=False):
+        stage = Stage(name, [configs[k] for k in alive], rung.last, alive)
         state = run(stage, state, first)
         trained.append((stage, state))
-        order = survivors(state, following.lanes)
-        alive, state, first = [alive[k] for k in order], take(state, order), rung.last
-    return trained, alive
+        order = survivors(state, rung.lanes)
+        kept, others = order[: following.lanes], order[following.lanes :]
+        dropped = [alive[k] for k in others] + dropped
+        alive, state, first = [alive[k] for k in kept], take(state, kept), rung.last
+    return trained, alive + dropped
 
 
-def choose(state: State, values: np.ndarray, looked_at: int, members: int = 1) -> int:
-    """The first configuration, unless another's metric [lanes, Q] is better by more than chance.
+def choose(values: np.ndarray, alive: Sequence[int], looked_at: int) -> tuple[int, str]:
+    """Which of C configurations is taken by metrics [C, Q] of held-out queries, and why.
 
-    A paired t test over queries at 5 %, Bonferroni's for as many as were looked at.  Raises InputError
-    where all are lost.
+    It is the first of all, the centre, unless another is better by more than chance: by a paired t test
+    over queries at 5 %, Bonferroni's for as many as were looked at.  `alive` are those that are not
+    lost, best first.
     """
-    alive = survivors(state, len(values) // members, members)
-    by_config = values.reshape(-1, members, values.shape[1]).mean(axis=1)
-    keeper = 0 if 0 in alive else alive[0]
-    better = {k: _p_better(by_config[k] - by_config[keeper]) for k in alive}
-    return next((k for k in alive if better[k] * looked_at < 0.05), keeper)
+    if 0 not in alive:
+        return alive[0], "the best, the centre of the best quarter being lost"
+    for other in alive:
+        if _p_better(values[other] - values[0]) * looked_at < SURE:
+            return other, "better than the centre of the best quarter by more than chance"
+    return 0, "the centre of the best quarter"
 
 
 def _p_better(differences: np.ndarray) -> float:

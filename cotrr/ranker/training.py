@@ -139,9 +139,23 @@ class Train:
         return State(state.key, *keep(tuple(state)[1:], tuple(new)[1:])), metrics
 
     def judge(self, state: State, hparams: Hyperparameters, mask: jax.Array) -> jax.Array:
-        """[Q] the metric of each query's held-out rows in the best epoch; NaN where none are held out."""
-        values = self._held_out(state.best_params, hparams, _gates(hparams, mask))["metric"]
-        return jnp.nanmean(values, axis=0)
+        """[Q] the metric of held-out rows by the mean score of lanes [M, ...] in their best epochs.
+
+        NaN where nothing of a query is held out.
+        """
+
+        def rank(params: Params, hparams: Hyperparameters, mask: jax.Array, view: Examples) -> jax.Array:
+            one = lambda features: self._network.apply(params, features, _gates(hparams, mask)).rank
+            return jax.vmap(one)(view.features)
+
+        def batch(chosen: jax.Array) -> jax.Array:
+            examples = self._take(chosen)
+            lanes = jax.vmap(rank, in_axes=(0, None, None, BY_VIEW))  # of one lane, its views
+            scores = jax.vmap(lanes, in_axes=(0, 0, 0, None))(state.best_params, hparams, mask, examples)
+            lists = jax.vmap(lambda s, y, where: self.metric(s, jnp.where(where, y, 0.0), where=where))
+            return jax.vmap(lists, in_axes=(0, None, 0))(scores.mean(axis=0), examples.y, examples.held_out)
+
+        return jnp.nanmean(self._by_query(batch), axis=0)
 
     @property
     def _network(self) -> Reranker:
@@ -227,11 +241,18 @@ class Train:
             lists = jax.vmap(one, in_axes=(None, 0))
             return jax.vmap(lists, in_axes=(0, BY_VIEW))(params, self._take(chosen))
 
+        return self._by_query(batch)
+
+    def _by_query(self, batch: Callable[[jax.Array], Any]) -> Any:
+        """[F, Q] what `batch` makes, as [F, B], of any B queries."""
         order = jnp.pad(jnp.arange(self.queries), (0, self._steps * self._batch - self.queries),
                         constant_values=self.queries)  # fmt: skip
-        values = jax.lax.map(batch, self._batches(order))  # [steps, F, batch and what fills it up]
-        by_query = lambda value: jnp.moveaxis(value[..., : self._batch], 1, 0).reshape(value.shape[1], -1)
-        return {name: by_query(value)[:, : self.queries] for name, value in values.items()}
+
+        def join(values: jax.Array) -> jax.Array:  # [steps, F, B and what fills a batch up]
+            joined = jnp.moveaxis(values[..., : self._batch], 1, 0).reshape(values.shape[1], -1)
+            return joined[:, : self.queries]
+
+        return jax.tree.map(join, jax.lax.map(batch, self._batches(order)))
 
 
 def query_order(seed: int, number: jax.Array | int, queries: int) -> jax.Array:
@@ -289,10 +310,12 @@ def run_epochs(train: Train, state: State, lanes: Lanes, first: int, last: int) 
     return state
 
 
-@partial(jax.jit, compiler_options=WIDE)
-def judge_lanes(train: Train, state: State, lanes: Lanes) -> jax.Array:
-    """[V, Q] metrics of held-out rows in each lane's best epoch."""
-    return _everywhere(train, jax.vmap(train.judge)(state, lanes.hparams, lanes.mask))
+@partial(jax.jit, static_argnames="members", compiler_options=WIDE)
+def judge_lanes(train: Train, state: State, lanes: Lanes, members: int) -> jax.Array:
+    """[C, Q] metrics of held-out rows by configurations of so many lanes each, in their best epochs."""
+    by_config = lambda tree: jax.tree.map(lambda leaf: leaf.reshape(-1, members, *leaf.shape[1:]), tree)
+    judged = jax.vmap(train.judge)(*map(by_config, (state, lanes.hparams, lanes.mask)))
+    return _everywhere(train, judged)
 
 
 def _by_queries(mesh: Mesh, axis: int) -> NamedSharding:

@@ -612,8 +612,8 @@ def test_a_policy_that_was_changed_is_refused_before_anything_is_done(here):
 def test_a_probe_has_gold_labels(here, monkeypatch):
     run, out, _ = here
     monkeypatch.setattr(launcher.dataset, "read", lambda *_: None)
-    monkeypatch.setattr(launcher.loop, "refuse_overlap", lambda *_: None)
-    monkeypatch.setattr(launcher.loop, "labelled_lists", lambda *_: (None, "silver"))
+    monkeypatch.setattr(launcher.artifact, "learned_from", lambda *_: "")
+    monkeypatch.setattr(launcher.judging, "labelled_lists", lambda *_: (None, "silver"))
     with pytest.raises(InputError, match="its labels are silver"):
         run(probe=out)
 

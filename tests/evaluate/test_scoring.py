@@ -415,7 +415,7 @@ def test_what_a_model_has_learned_from_counts_once(place, tmp_path, monkeypatch,
     lines = [scored_line(q, i, dim=DIM) for q in range(10, 20) for i in range(q % 3, 30, 3)]
     in_parts(write(lines, tmp_path / "one"), tmp_path / "several", cuts=(2, 4, 7))
     table = dataset.read(tmp_path / "one" / "data", "test")
-    told = artifact.learned_from(artifact.load(place / "light"), table)
+    told = artifact.learned_from(artifact.load(place / "light").seen, table)
     assert told.startswith("6 query_id and ")
     model = {"model": [str(place / "light")]}
     for data in ("one/data", "several"):

@@ -512,9 +512,11 @@ def test_masks_of_configs_by_hand():
 
 def test_overlap_counts_distinct_ids(model, folder):
     for each in (model, artifact.load(folder)):
-        assert artifact.overlap(each, "query_id", LISTS.query_id) == 16
-        assert artifact.overlap(each, "query_id", np.array(["q0", "q0", "q15", "q16", "new"], object)) == 2
-        assert artifact.overlap(each, "query_id", np.array([], object)) == 0
-        assert artifact.overlap(each, "canonical_id", LISTS.query_id) == 0
+        assert artifact.overlap(each.seen, "query_id", LISTS.query_id) == 16
+        assert (
+            artifact.overlap(each.seen, "query_id", np.array(["q0", "q0", "q15", "q16", "new"], object)) == 2
+        )
+        assert artifact.overlap(each.seen, "query_id", np.array([], object)) == 0
+        assert artifact.overlap(each.seen, "canonical_id", LISTS.query_id) == 0
     pictures = set(DATA.canonical_id[:16][LISTS.where[:16]])
     assert artifact.overlap(model, "canonical_id", np.array(sorted(pictures), object)) == len(pictures)

@@ -68,6 +68,32 @@ def test_training_in_one_go_is_its_epochs_one_by_one(few, together):
         np.testing.assert_allclose(values, together[1][name][1], rtol=1e-4, atol=1e-5, err_msg=name)
 
 
+def test_queries_are_judged_by_the_mean_score_of_members_in_their_best_epochs(few, together):
+    state, lanes = together[0][-1], make_lanes(VARIED)
+    alone = np.asarray(training.judge_lanes(few.train, state, lanes, 1))
+    members = np.asarray(training.judge_lanes(few.train, state, lanes, 5))[0]
+    assert (np.asarray(state.best_epoch) < FEW.epochs).any()  # else the last parameters were the best
+    examples, held_out, y = few.train.examples, few.views.held_out, few.development.lists.y
+    for query in range(held_out.shape[1]):
+        scores = np.zeros((5, len(held_out), y.shape[1]))
+        for v, f in np.ndindex(scores.shape[:2]):
+            params = jax.tree.map(lambda leaf, v=v, f=f: leaf[v, f], state.best_params)
+            seen = jax.tree.map(lambda leaf, f=f, q=query: leaf[f, q], examples.features)
+            gates = training._gates(lane(lanes.hparams, v), lanes.mask[v])
+            scores[v, f] = few.train._network.apply(params, seen, gates).rank
+
+        def by_hand(of_views, query=query):
+            values = [METRIC(s, np.where(w, y[query], 0), where=w)
+                      for s, w in zip(of_views, held_out[:, query], strict=True) if w.any()]  # fmt: skip
+            return np.mean(values) if values else np.nan
+
+        np.testing.assert_allclose(alone[:, query], [by_hand(s) for s in scores], rtol=1e-3)
+        np.testing.assert_allclose(members[query], by_hand(scores.mean(axis=0)), rtol=1e-3)
+    # The views' means of these decide who goes on.
+    of_views = [[np.nanmean(values[view.any(axis=1)]) for view in held_out[:-1]] for values in alone]
+    np.testing.assert_allclose(np.mean(of_views, axis=1), state.best_metric, rtol=1e-3)
+
+
 def test_seeds_by_hyperparameters_are_nested_maps(few, together):
     _, hparams, mask = make_lanes(VARIED)
     keys = make_lanes(VARIED[:2]).key  # of seeds 0 and 5

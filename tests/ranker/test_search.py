@@ -9,6 +9,7 @@ import pytest
 from cotrr.errors import InputError
 from cotrr.ranker import search
 from cotrr.ranker.lanes import TrainConfig
+from tests.ranker.runs import FEW, start
 
 
 @pytest.mark.parametrize(("hidden", "dimensions"), [(0, 10), (8, 11)])
@@ -41,11 +42,11 @@ def test_the_same_seed_draws_the_same_and_more_draws_go_on():
     } == {1}
 
 
-@pytest.mark.parametrize(("count", "epochs", "stages"), [(64, 60, 3), (8, 8, 3), (2, 1, 1), (5, 3, 4)])
-def test_rungs_shrink_and_end_at_the_last_epoch(count, epochs, stages):
-    rungs = search.rungs(count, epochs, stages)
-    assert rungs[0].lanes == count and rungs[-1].last == epochs
-    lanes, last = zip(*rungs, strict=True)
+@pytest.mark.parametrize(("count", "epochs", "rungs"), [(64, 60, 3), (8, 8, 3), (2, 1, 1), (5, 3, 4)])
+def test_rungs_shrink_and_end_at_the_last_epoch(count, epochs, rungs):
+    ladder = search.ladder(count, epochs, rungs)
+    assert ladder[0].lanes == count and ladder[-1].last == epochs
+    lanes, last = zip(*ladder, strict=True)
     assert list(lanes) == sorted(lanes, reverse=True) and min(lanes) >= 1
     assert list(last) == sorted(last) and min(last) >= 1
 
@@ -72,33 +73,49 @@ def test_the_centre_is_the_geometric_mean_of_what_is_searched():
     assert search.centre(configs[:1]) == configs[0]
 
 
-def finalists(*values, lost=()):
-    """The state of lanes, and their metric [lanes, Q]."""
-    values = np.array(values)
-    best = np.where(np.isin(np.arange(len(values)), lost), np.inf, 1.0)
-    return SimpleNamespace(best_metric=np.nanmean(values, axis=1), best=best), values
-
-
 def test_the_centre_stays_unless_another_is_better_by_more_than_chance():
     noise = np.random.default_rng(0).normal(0, 0.1, 100)
     base = np.full(100, 0.5)
-    luck, sure = base + noise - noise.mean() + 0.015, base + 0.1 * noise + 0.03
-    apart = (luck - base).mean() / ((luck - base).std(ddof=1) / 10)
-    assert 1 < apart < 1.7  # one of few would be taken for it, not one of many
-    assert search.choose(*finalists(base, luck), looked_at=64) == 0
-    assert search.choose(*finalists(base, luck, sure), looked_at=64) == 2
-    assert search.choose(*finalists(base, base), looked_at=64) == 0
+    luck, sure = base + noise - noise.mean() + 0.02, base + 0.1 * noise + 0.03
+    assert 0.01 < search._p_better(luck - base) < 0.04  # one of few would be taken for it, not one of many
+    choose = lambda *values, alive=(2, 1, 0), looked_at=64: search.choose(
+        np.array(values), [k for k in alive if k < len(values)], looked_at
+    )
+    assert choose(base, luck)[0] == 0 and choose(base, luck, looked_at=1)[0] == 1
+    assert choose(base, luck, sure) == (2, "better than the centre of the best quarter by more than chance")
+    assert choose(base, base) == (0, "the centre of the best quarter")
     unknown = np.where(np.arange(100) < 50, np.nan, sure)
-    assert search.choose(*finalists(base, unknown), looked_at=64) == 1
-    assert search.choose(*finalists(base, base, sure, base), looked_at=64, members=2) == 1
+    assert choose(base, unknown)[0] == 1
+    assert choose(base, np.full(100, np.nan))[0] == 0
+    assert choose(base, base - 0.1, sure, alive=(1, 2)) == (
+        1,
+        "the best, the centre of the best quarter being lost",
+    )
+    assert choose(base, sure, alive=(0,))[0] == 0
 
 
-def test_a_lost_centre_is_not_taken():
-    base = np.full(50, 0.5)
-    assert search.choose(*finalists(base, base - 0.1, base - 0.2, lost=[0]), looked_at=9) == 1
-    assert search.choose(*finalists(base, base + 0.1, lost=[1]), looked_at=9) == 0
-    with pytest.raises(InputError, match="no configuration has a finite"):
-        search.choose(*finalists(base, base, lost=[0, 1]), looked_at=9)
+@pytest.mark.parametrize("rungs", [1, 3, 5])
+def test_a_search_tells_the_quarter_from_the_rest_whatever_the_rungs(rungs):
+    setup, stages = start(dataclasses.replace(FEW, hidden=0)), []
+    configs = search.draw(setup.config, 16)
+
+    def run(stage, state, first):
+        stages.append((stage.name, len(stage.configs), first, stage.last))
+        if stage.name == "finalists":
+            return state._replace(best=np.zeros(len(stage.numbers)), best_metric=np.zeros(len(stage.numbers)))
+        # The higher its number the better, but that 15 is lost.
+        lost = np.array([k == 15 for k in stage.numbers])
+        return state._replace(best=np.where(lost, np.inf, 1.0), best_metric=np.array(stage.numbers, float))
+
+    found = search.tune(setup.train, configs, run, rungs=rungs, finalists=3)
+    assert [stage.numbers for stage, _ in found.trained][-1] == [16, 14, 13]
+    centre = search.centre([configs[k] for k in (14, 13, 12, 11)])
+    assert found.trained[-1][0].configs == [centre, configs[14], configs[13]]
+    assert (found.config, found.number) == (centre, 16)  # none was trained: no difference
+    lanes = [16, 8, 4, 2, 1][:rungs]
+    assert [count for _, count, _, _ in stages] == [*lanes, 3]
+    firsts = [0, *[last for _, _, _, last in stages[: rungs - 1]], 0]
+    assert [first for _, _, first, _ in stages] == firsts
 
 
 def test_lanes_are_taken_from_every_leaf():
