@@ -5,9 +5,11 @@ import io
 import os
 import pathlib
 import runpy
+import signal
 import socket
 import subprocess
 import sys
+import time
 import warnings
 from typing import NamedTuple
 from unittest import mock
@@ -63,16 +65,35 @@ def start(name: str, *arguments: object) -> subprocess.Popen:
     )  # fmt: skip
 
 
-def in_two_processes(name: str, *arguments: object) -> list[str]:
-    """What each of two processes says that together are one training launcher; both must end well."""
+def in_two_processes(name: str, *arguments: object, fails: int = 0) -> list[str]:
+    """What each of two processes says that together are a training launcher; both must end with a status."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     shared = [name, *arguments, "--distributed", f"--coordinator=localhost:{port}", "--processes=2"]
     both = [start(*shared, f"--process={k}") for k in range(2)]
     said = [process.communicate(timeout=300)[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0], said
+    assert [process.returncode for process in both] == [fails, fails], said
     return said
+
+
+def log_of(folder):
+    """The file that is a run's log, by its number, and how many epochs it holds."""
+    path = folder / "epochs.jsonl"
+    return (path.stat().st_ino, path.read_bytes().count(b"\n")) if path.exists() else (0, 0)
+
+
+def stop_when(process, holds):
+    """Stops a process at a moment when `holds()`."""
+    while process.poll() is None:
+        if holds():
+            process.send_signal(signal.SIGSTOP)
+            os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+            if holds():
+                return
+            process.send_signal(signal.SIGCONT)
+        time.sleep(0.001)
+    pytest.fail(f"it was over too early: {process.communicate()[0]}")
 
 
 def make_data(folder: pathlib.Path, queries: int, candidates: int, fractions: str) -> pathlib.Path:

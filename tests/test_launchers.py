@@ -11,6 +11,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cotrr.ranker import artifact
+from experiments import training_folder
 from tests.commands import ROOT, launch, make_data, run, start
 from tests.conftest import scored_line
 
@@ -292,7 +293,7 @@ def test_help_explains_every_flag(name):
     assert f"python -m experiments.{name}" in said
     source = (ROOT / "experiments" / f"{name}.py").read_text()
     own = re.findall(r"flags\.DEFINE_\w+\(\s*\"(\w+)\"", source)
-    shared = ["learning_rate", "workdir", "quick"] if name in ("train", "sweep", "ablate") else []
+    shared = ["learning_rate", *training_folder.SHARED] if name in ("train", "sweep", "ablate") else []
     assert own or shared
     for flag in (*own, *shared):  # each with what it is for
         assert re.search(rf"--(\[no\])?{flag}: \S.{{10,}}", said), flag

@@ -9,8 +9,9 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
+from cotrr import devices
 from cotrr.ranker import artifact
-from tests.commands import in_two_processes, launch, make_data
+from tests.commands import in_two_processes, launch, log_of, make_data, start, stop_when
 
 pytestmark = pytest.mark.usefixtures("unoptimised")
 
@@ -21,10 +22,21 @@ def data(tmp_path_factory):
     return make_data(tmp_path_factory.mktemp("data"), 60, 30, "0.5,0,0.5")
 
 
-def test_a_sweep_finds_a_recipe_and_can_be_resumed(data, tmp_path):
-    folder = tmp_path / "tuned"
-    call = ("sweep", f"--data={data}", f"--workdir={folder}", "--quick", "--image_components=16")
-    said = launch(*call)
+def tune(data, folder, *more):
+    """A small sweep's command; its rungs end with epochs 3, 6 and 12."""
+    return ("sweep", f"--data={data}", f"--workdir={folder}", "--quick", "--epochs=12",
+            "--image_components=16", "--checkpoint_every=1", *more)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tuned(data, tmp_path_factory):
+    """The folder of a sweep that nothing disturbed, and what it said."""
+    folder = tmp_path_factory.mktemp("sweep") / "tuned"
+    return folder, launch(*tune(data, folder))
+
+
+def test_a_sweep_finds_a_recipe(data, tuned, tmp_path):
+    folder, said = tuned
     found = json.loads((folder / "sweep.json").read_text())
     *rungs, finalists = (found[name] for name in ("rung-1", "rung-2", "rung-3", "finalists"))
     assert [len(rung) for rung in rungs] == [8, 4, 2] and "8 configurations" in said
@@ -41,10 +53,6 @@ def test_a_sweep_finds_a_recipe_and_can_be_resumed(data, tmp_path):
     assert found["why"] in (folder / "recipe.flags").read_text() and found["why"] in said
     recipe = (folder / "recipe.flags").read_text()
     assert f"--penalty={model.config['penalty']}" in recipe and "--looked_at=9\n" in recipe
-    # What is there is gone over, and ends in the same model.
-    (folder / "model.json").unlink()
-    assert "resuming" in launch(*call, "--resume")
-    assert artifact.load(folder).version == model.version
     # The recipe trains the very same model.
     launch(
         "train", f"--data={data}", f"--workdir={tmp_path / 'again'}", f"--flagfile={folder / 'recipe.flags'}"
@@ -52,6 +60,33 @@ def test_a_sweep_finds_a_recipe_and_can_be_resumed(data, tmp_path):
     again = artifact.load(tmp_path / "again")
     for one, other in zip(model.params["params"].values(), again.params["params"].values(), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-5)
+
+
+def test_a_sweep_that_was_killed_in_a_rung_ends_in_the_same_bits(data, tuned, tmp_path):
+    folder = tmp_path / "tuned"
+    process = start(*tune(data, folder))
+    stop_when(process, lambda: log_of(folder / "rung-2")[1] == 2)  # of three
+    process.kill()
+    process.communicate()
+    assert not (folder / "rung-3").exists()
+    said = launch(*tune(data, folder, "--resume"))
+    assert "resuming after epoch 3" in said and ("after epoch 4" in said or "after epoch 5" in said)
+    # What is there is gone over, and ends in the same model.
+    (folder / "model.json").unlink()
+    launch(*tune(data, folder, "--resume"))
+    assert artifact.load(folder).version == artifact.load(tuned[0]).version
+    assert (folder / "sweep.json").read_bytes() == (tuned[0] / "sweep.json").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["train", "sweep", "ablate"])
+def test_another_process_than_the_first_writes_checkpoints_alone(data, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(devices, "primary", lambda: False)
+    folder = tmp_path / "m"
+    said = launch(name, f"--data={data}", f"--workdir={folder}", "--quick", "--folds=2", "--epochs=2",
+                  "--image_components=4")  # fmt: skip
+    assert "next:" not in said
+    wrote = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
+    assert wrote and all("checkpoints" in path.parts for path in wrote)
 
 
 def test_finalists_are_trained_with_several_seeds(data, tmp_path):

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -15,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from cotrr.checkpoints import Checkpoints
 from cotrr.ranker import fitting
-from tests.commands import ROOT, in_two_processes, launch, make_data, run, start
+from tests.commands import ROOT, in_two_processes, launch, log_of, make_data, run, start, stop_when
 
 pytestmark = pytest.mark.usefixtures("unoptimised")
 EPOCHS = 20
@@ -55,31 +54,12 @@ def assert_same_model(one, other, lost=()):
     assert [record for record in logged(one) if record["epoch"] not in lost] == logged(other)
 
 
-def log_of(folder):
-    """The file that is a run's log, by its number, and how many epochs it holds."""
-    path = folder / "epochs.jsonl"
-    return (path.stat().st_ino, path.read_bytes().count(b"\n")) if path.exists() else (0, 0)
-
-
 def kept(folder):
     """The epoch of the latest checkpoint, and whether one is being written."""
     names = [path.name for path in (folder / "checkpoints").glob("*")]
     return max((int(name) for name in names if name.isdigit()), default=0), any(
         "orbax-checkpoint-tmp" in name for name in names
     )
-
-
-def stop_when(process, holds):
-    """Stops a process at a moment when `holds()`."""
-    while process.poll() is None:
-        if holds():
-            process.send_signal(signal.SIGSTOP)
-            os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
-            if holds():
-                return
-            process.send_signal(signal.SIGCONT)
-        time.sleep(0.001)
-    pytest.fail(f"it was over too early: {process.communicate()[0]}")
 
 
 def test_a_run_killed_as_it_trains_and_saves_ends_in_the_same_bits(data, straight, tmp_path):
@@ -239,6 +219,27 @@ def test_two_processes_train_what_one_does(data, straight, tmp_path):
     one, two = (np.load(path / "weights.npz") for path in (straight, folder))
     for key in one.files:
         np.testing.assert_allclose(one[key], two[key], rtol=1e-3, atol=2e-4, err_msg=key)
+
+
+def test_where_the_first_process_is_refused_the_other_does_not_wait(data, straight, tmp_path):
+    call = ("train", f"--data={data}", *SETTINGS)
+    said = in_two_processes(*call, f"--workdir={straight}", fails=2)
+    assert "holds a training run" in said[0] and "the first process failed" in said[1]
+    (tmp_path / "file").touch()
+    said = in_two_processes(*call, f"--workdir={tmp_path / 'file'}", fails=2)
+    assert "file" in said[0] and "the first process failed" in said[1]
+
+
+@pytest.mark.parametrize(("flags", "reason"), [
+    (["--processes=2"], "--processes: one process has no use for it. Set --distributed too"),
+    (["--distributed"], "--distributed: "),
+    (["--distributed", "--coordinator=localhost:1", "--processes=2", "--process=2"], "--distributed: "),
+])  # fmt: skip
+def test_flags_of_several_processes_go_together(data, tmp_path, flags, reason):
+    # In a process of its own: nothing may have been computed before it joins others.
+    process = start("train", f"--data={data}", f"--workdir={tmp_path / 'm'}", *flags)
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == 2 and reason in said and "Traceback" not in said, said
 
 
 def scalars(folder: pathlib.Path) -> dict:
