@@ -54,13 +54,15 @@ def _pair(one: dict, other: dict, knobs: dict) -> tuple[jax.Array, jax.Array, ja
     gap = one["label"] - other["label"]
     sign = jnp.sign(gap)
     weight = one["there"] * other["there"] * jnp.abs(sign)
-    # Powers of the pairs that weigh nothing are not taken: 0^power has no slope in the power.
-    safe = lambda values: jnp.where(weight > 0, jnp.abs(values), 1.0)
+    # Of pairs that weigh nothing it is not taken.  That of gaps is the same for lanes that share labels.
+    log = lambda values: jnp.log(jnp.where(weight > 0, jnp.abs(values), 1.0))
+    powers = []
     if knobs["power"] is not None:
-        weight = weight * safe(gap) ** knobs["power"]
+        powers.append(knobs["power"] * log(gap))
     if knobs["lambda_power"] is not None:
-        change = gap * (one["discount"] - other["discount"])
-        weight = weight * safe(change) ** knobs["lambda_power"]
+        powers.append(knobs["lambda_power"] * (log(gap) + log(one["discount"] - other["discount"])))
+    if powers:
+        weight = weight * jnp.exp(sum(powers))
     z = sign * (one["score"] - other["score"])
     return weight, sign, z if knobs["margin"] is None else z - knobs["margin"]
 

@@ -21,7 +21,7 @@ from cotrr.ranker import losses, model
 from cotrr.ranker.features import Features, Gates, make_gates
 from cotrr.ranker.lanes import Hyperparameters, Lanes, TrainConfig
 from cotrr.ranker.model import Params, Reranker, Scores
-from cotrr.ranker.views import BY_VIEW, Examples, by_view
+from cotrr.ranker.views import Examples, by_view
 
 OTHERS = np.uint32(2**31)  # folds of a key beyond every epoch's and every member's
 
@@ -62,7 +62,7 @@ def list_loss(
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["examples"],
+    data_fields=["examples", "judged"],
     meta_fields=["config", "metric", "queries", "mesh"],
 )
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -70,6 +70,7 @@ class Train:
     """The pure functions that train one lane; a tree whose leaves are the data."""
 
     examples: Examples  # with queries behind the last that are not there
+    judged: jax.Array  # [F, J] the queries of which a view holds rows out, filled up with one of those
     config: TrainConfig  # its fixed settings: what lanes may differ in comes as an argument
     metric: Callable[..., jax.Array]
     queries: int
@@ -106,7 +107,7 @@ class Train:
         """
         order = query_order(self.config.seed, number, self.queries)
         # Where the batches do not divide the queries, the first few of the order come twice.
-        batches = self._batches(jnp.resize(order, (self._steps * self._batch,)))
+        batches = self._batches(jnp.resize(order, (self._steps * self._batch,)), self._batch)
         epoch_key, gates = jax.random.fold_in(state.key, number), _gates(hparams, mask)
         weights = self._weights(state.key, hparams)
 
@@ -121,8 +122,7 @@ class Train:
         broken = ~jnp.isfinite(metrics["total"])
         metrics = {name: jnp.mean(values, axis=0) for name, values in metrics.items()}
         metrics["broken_step"] = jnp.where(jnp.any(broken, axis=0), jnp.argmax(broken, axis=0), -1)
-        held_out = self._held_out(params, hparams, gates)
-        metrics |= {f"validation_{name}": jnp.nanmean(value, axis=1) for name, value in held_out.items()}
+        metrics |= self._validate(params, hparams, gates)
         # A view that broke must not drop out of the mean: it may have been the hardest.
         validated = jnp.any(self.examples.held_out, axis=(1, 2))
         loss = jnp.mean(metrics["validation_loss"], where=validated)
@@ -144,18 +144,21 @@ class Train:
         NaN where nothing of a query is held out.
         """
 
-        def rank(params: Params, hparams: Hyperparameters, mask: jax.Array, view: Examples) -> jax.Array:
-            one = lambda features: self._network.apply(params, features, _gates(hparams, mask)).rank
-            return jax.vmap(one)(view.features)
+        def rank(params: Params, hparams: Hyperparameters, mask: jax.Array, features: Features) -> jax.Array:
+            """Of a lane [F, ...] and a batch [F, B, ...]."""
+            one = lambda params, features: self._network.apply(params, features, _gates(hparams, mask)).rank
+            return jax.vmap(jax.vmap(one, in_axes=(None, 0)))(params, features)
 
         def batch(chosen: jax.Array) -> jax.Array:
             examples = self._take(chosen)
-            lanes = jax.vmap(rank, in_axes=(0, None, None, BY_VIEW))  # of one lane, its views
-            scores = jax.vmap(lanes, in_axes=(0, 0, 0, None))(state.best_params, hparams, mask, examples)
-            lists = jax.vmap(lambda s, y, where: self.metric(s, jnp.where(where, y, 0.0), where=where))
-            return jax.vmap(lists, in_axes=(0, None, 0))(scores.mean(axis=0), examples.y, examples.held_out)
+            lanes = jax.vmap(rank, in_axes=(0, 0, 0, None))
+            scores = lanes(state.best_params, hparams, mask, examples.features).mean(axis=0)
+            lists = jax.vmap(jax.vmap(self._metric))
+            return lists(scores, examples)
 
-        return jnp.nanmean(self._by_query(batch), axis=0)
+        batches = self._batches(self.judged, min(self._batch, self.judged.shape[1]))
+        nowhere = jnp.full(len(self.examples.y), jnp.nan)
+        return nowhere.at[batches].set(jax.lax.map(batch, batches))[: self.queries]
 
     @property
     def _network(self) -> Reranker:
@@ -169,17 +172,22 @@ class Train:
     def _steps(self) -> int:
         return -(-self.queries // self._batch)
 
-    def _batches(self, order: jax.Array) -> jax.Array:
-        """[steps, batch] queries; batches are filled up with one that is not there, for the mesh."""
-        batches = order.reshape(self._steps, self._batch)
-        odd = -self._batch % (1 if self.mesh is None else self.mesh.size)
-        return jnp.pad(batches, ((0, 0), (0, odd)), constant_values=self.queries)
+    def _batches(self, order: jax.Array, size: int) -> jax.Array:
+        """[steps, ..., size] of queries [..., Q]; filled up with one that is not there, for the mesh too."""
+        count = order.shape[-1]
+        fill = lambda values, odd: jnp.pad(
+            values, [(0, 0)] * (values.ndim - 1) + [(0, odd)], constant_values=self.queries
+        )
+        batches = fill(order, -count % size).reshape(*order.shape[:-1], -1, size)
+        return fill(jnp.moveaxis(batches, -2, 0), -size % (1 if self.mesh is None else self.mesh.size))
 
     def _take(self, chosen: jax.Array) -> Examples:
-        """The examples of some queries, spread over the mesh."""
+        """The examples [F, B, ...] of queries that each view chooses, spread over the mesh."""
 
         def take(axis: int, part: Any) -> Any:
-            return jax.tree.map(lambda value: self._spread(jnp.take(value, chosen, axis=axis), axis), part)
+            one = lambda chosen, value: jnp.take(value, chosen, axis=0)
+            by_view = jax.vmap(one, in_axes=(0, 0 if axis else None))
+            return jax.tree.map(lambda value: self._spread(by_view(chosen, value), 1), part)
 
         return by_view(take, self.examples)
 
@@ -214,7 +222,7 @@ class Train:
         gates: Gates,
     ) -> tuple[tuple[Params, Any], dict[str, jax.Array]]:
         """One optimiser step on all views of a lane."""
-        examples = self._take(chosen)
+        examples = self._take(jnp.broadcast_to(chosen, (len(self.judged), len(chosen))))
 
         def one(params: Params, opt_state: Any, key: jax.Array, view: Examples) -> Any:
             gradient, parts = jax.grad(_batch_loss, has_aux=True)(
@@ -225,34 +233,28 @@ class Train:
             return (optax.apply_updates(params, updates), opt_state), parts | norms
 
         keys = jax.random.split(key, len(examples.gap))
-        return jax.vmap(one, in_axes=(0, 0, 0, BY_VIEW))(*carry, keys, examples)
+        return jax.vmap(one)(*carry, keys, examples)
 
-    def _held_out(self, params: Params, hparams: Hyperparameters, gates: Gates) -> dict[str, jax.Array]:
-        """[F, Q] loss and metric of each view's held-out lists; NaN where nothing is held out."""
+    def _validate(self, params: Params, hparams: Hyperparameters, gates: Gates) -> dict[str, jax.Array]:
+        """[F] mean loss and metric of each view's held-out lists; NaN where nothing is held out."""
 
         def one(params: Params, example: Examples) -> dict[str, jax.Array]:
-            where = example.held_out
             scores: Any = self._network.apply(params, example.features, gates)
-            total, _ = list_loss(scores, example, where, hparams)
-            value = self.metric(scores.rank, jnp.where(where, example.y, 0.0), where=where)
-            return {"loss": jnp.where(jnp.any(where), total, jnp.nan), "metric": value}
+            total, _ = list_loss(scores, example, example.held_out, hparams)
+            loss = jnp.where(jnp.any(example.held_out), total, jnp.nan)
+            return {"loss": loss, "metric": self._metric(scores.rank, example)}
 
         def batch(chosen: jax.Array) -> dict[str, jax.Array]:
-            lists = jax.vmap(one, in_axes=(None, 0))
-            return jax.vmap(lists, in_axes=(0, BY_VIEW))(params, self._take(chosen))
+            return jax.vmap(jax.vmap(one, in_axes=(None, 0)))(params, self._take(chosen))
 
-        return self._by_query(batch)
+        batches = self._batches(self.judged, min(self._batch, self.judged.shape[1]))
+        values = jax.lax.map(batch, batches)  # [steps, F, B]
+        return {f"validation_{name}": jnp.nanmean(value, axis=(0, 2)) for name, value in values.items()}
 
-    def _by_query(self, batch: Callable[[jax.Array], Any]) -> Any:
-        """[F, Q] what `batch` makes, as [F, B], of any B queries."""
-        order = jnp.pad(jnp.arange(self.queries), (0, self._steps * self._batch - self.queries),
-                        constant_values=self.queries)  # fmt: skip
-
-        def join(values: jax.Array) -> jax.Array:  # [steps, F, B and what fills a batch up]
-            joined = jnp.moveaxis(values[..., : self._batch], 1, 0).reshape(values.shape[1], -1)
-            return joined[:, : self.queries]
-
-        return jax.tree.map(join, jax.lax.map(batch, self._batches(order)))
+    def _metric(self, scores: jax.Array, example: Examples) -> jax.Array:
+        """That of one list's held-out rows."""
+        where = example.held_out
+        return self.metric(scores, jnp.where(where, example.y, 0.0), where=where)
 
 
 def query_order(seed: int, number: jax.Array | int, queries: int) -> jax.Array:
@@ -283,7 +285,19 @@ def make_train(
 
         return jax.tree.map(put, part)
 
-    return Train(by_view(place, data), config, metric, queries, mesh)
+    return Train(by_view(place, data), _judged(data.held_out, mesh), config, metric, queries, mesh)
+
+
+def _judged(held_out: Any, mesh: Mesh | None) -> jax.Array:
+    """[F, J] the queries of which each view holds out rows [F, Q, n]; Q where they are fewer than J."""
+    queries = [np.flatnonzero(rows.any(axis=1)) for rows in np.asarray(held_out)]
+    judged = np.full((len(queries), max(1, *map(len, queries))), held_out.shape[1], np.int32)
+    for places, found in zip(judged, queries, strict=True):
+        places[: len(found)] = found
+    if mesh is None:
+        return jnp.asarray(judged)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return jax.make_array_from_callback(judged.shape, everywhere, lambda at: judged[at])
 
 
 @partial(jax.jit, compiler_options=WIDE)

@@ -519,4 +519,4 @@ def test_overlap_counts_distinct_ids(model, folder):
         assert artifact.overlap(each.seen, "query_id", np.array([], object)) == 0
         assert artifact.overlap(each.seen, "canonical_id", LISTS.query_id) == 0
     pictures = set(DATA.canonical_id[:16][LISTS.where[:16]])
-    assert artifact.overlap(model, "canonical_id", np.array(sorted(pictures), object)) == len(pictures)
+    assert artifact.overlap(model.seen, "canonical_id", np.array(sorted(pictures), object)) == len(pictures)

@@ -191,12 +191,24 @@ def test_every_query_is_learned_from_in_an_epoch(dropping):
     """24 queries in steps of 9: the first three of the order come twice."""
     train = dropping.train
     assert (train._steps, train._batch) == (3, 9)
-    batches = np.asarray(train._batches(jnp.resize(jnp.arange(24), 27)))
+    batches = np.asarray(train._batches(jnp.resize(jnp.arange(24), 27), 9))
     assert batches.shape == (3, 9) and np.bincount(batches.ravel()).tolist() == [2] * 3 + [1] * 21
-    taken = train._take(jnp.array([5, 24]))
-    assert taken.gap.shape == (3, 2, 8) and taken.y.shape == (2, 8)
-    np.testing.assert_array_equal(taken.y[0], dropping.development.lists.y[5])
-    assert not taken.train[:, 1].any() and not taken.held_out[:, 1].any()  # one that is not there
+    taken = train._take(jnp.array([[5, 24], [24, 7], [5, 5]]))
+    assert taken.gap.shape == (3, 2, 8) and taken.y.shape == (3, 2, 8)
+    y, gap = dropping.development.lists.y, np.asarray(train.examples.gap)
+    for view, place, query in [(0, 0, 5), (1, 1, 7), (2, 0, 5), (2, 1, 5)]:
+        np.testing.assert_array_equal(taken.y[view, place], y[query])
+        np.testing.assert_array_equal(taken.gap[view, place], gap[view, query])
+    for part in (taken.train, taken.held_out):  # one that is not there
+        assert not part[0, 1].any() and not part[1, 0].any()
+
+
+def test_each_view_is_validated_on_the_queries_that_it_holds_out(dropping):
+    held_out, judged = dropping.views.held_out.any(axis=2), np.asarray(dropping.train.judged)
+    assert judged.shape == (3, held_out.sum(axis=1).max())
+    for queries, places in zip(held_out, judged, strict=True):
+        there = places[places < 24]
+        assert there.tolist() == np.flatnonzero(queries).tolist() and (places[len(there) :] == 24).all()
 
 
 def test_members_differ(dropped):
@@ -249,8 +261,8 @@ def test_finish_calibrates_on_rows_held_out(dropping, dropped):
     again = fitting.finish(dropping._replace(development=silver), state, config, "m", {})
     assert again.provenance == {"calibrated_on": "silver"} and again.calibration == model.calibration
     labelled = data.lists.labelled
-    assert artifact.overlap(model, "query_id", data.lists.query_id) == 24
-    assert artifact.overlap(model, "canonical_id", np.unique(data.canonical_id[labelled])) == len(
+    assert artifact.overlap(model.seen, "query_id", data.lists.query_id) == 24
+    assert artifact.overlap(model.seen, "canonical_id", np.unique(data.canonical_id[labelled])) == len(
         set(data.canonical_id[labelled])
     )
 
