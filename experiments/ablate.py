@@ -124,7 +124,7 @@ def judge(
     models = {name: fitting.finish(setup, state, config, name, {})
               for state, (name, config) in zip(states, configs.items(), strict=True)}  # fmt: skip
     scored = {name: artifact.score(model, lists) for name, model in models.items()}
-    resamples = training_folder.quick("resamples", 1000)
+    resamples = training_folder.unless_quick("resamples", 1000)
     return measure(lists, systems.ladder(models[FULL], lists), scored, resamples, setup.config.seed)
 
 

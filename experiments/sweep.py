@@ -48,7 +48,7 @@ def define_flags() -> None:
 def main() -> None:
     """Draws, halves, trains the finalists, saves the one that is taken."""
     workdir, config = pathlib.Path(FLAGS.workdir), training_folder.config_from_flags(QUICK)
-    count = training_folder.quick("configurations", 8)
+    count = training_folder.unless_quick("configurations", 8)
     more = {"configurations": count, "rungs": FLAGS.rungs, "finalists": FLAGS.finalists}
     with training_folder.opened("sweep", config, **more) as (setup, passport):
         say(f"{count} configurations of {', '.join(search.space(config))}, as lanes of "

@@ -61,14 +61,13 @@ def config_from_flags(quick: Mapping[str, Any]) -> TrainConfig:
     A flagfile's give way: a recipe names every setting.
     """
     config = dataclass_from_flags(TrainConfig)
+    return dataclasses.replace(config, **{name: unless_quick(name, value) for name, value in quick.items()})
+
+
+def unless_quick(name: str, value: Any) -> Any:
+    """What a flag says; `value` with --quick, where the command line leaves the flag open."""
     given = {argument.lstrip("-").partition("=")[0] for argument in sys.argv if argument.startswith("-")}
-    changes = {name: value for name, value in quick.items() if name not in given}
-    return dataclasses.replace(config, **changes) if FLAGS.quick else config
-
-
-def quick(name: str, value: Any) -> Any:
-    """What a flag beside the training settings says, or, with --quick and where it is not given, `value`."""
-    return value if FLAGS.quick and not FLAGS[name].present else FLAGS[name].value
+    return value if FLAGS.quick and name not in given else FLAGS[name].value
 
 
 @contextlib.contextmanager

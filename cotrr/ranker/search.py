@@ -117,7 +117,7 @@ class Found(NamedTuple):
 
     config: TrainConfig
     state: State  # of its members
-    metric: float  # of its members' mean score, over held-out queries
+    metric: float  # of its members' mean score, over held-out queries; NaN where it has none
     number: int  # of the configuration; the centre's comes after the last
     why: str  # it was taken
     trained: list[tuple[Stage, State]]  # every stage, the finalists last
@@ -150,8 +150,9 @@ def tune(
     values = np.asarray(training.judge_lanes(train, state, lanes, members))
     chosen, why = choose(values, survivors(state, len(contest), members), contest[0].looked_at)
     of_chosen = take(state, range(chosen * members, (chosen + 1) * members))
-    metric, both = float(np.nanmean(values[chosen])), [*trained, (stage, state)]
-    return Found(contest[chosen], of_chosen, metric, numbers[chosen], why, both)
+    known = values[chosen][~np.isnan(values[chosen])]
+    metric = float(known.mean()) if len(known) else np.nan
+    return Found(contest[chosen], of_chosen, metric, numbers[chosen], why, [*trained, (stage, state)])
 
 
 def halve(
