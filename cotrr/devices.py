@@ -18,16 +18,17 @@ T = TypeVar("T")
 def join(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
     """Makes this process one of several; unset arguments come from the cluster's environment.
 
-    Only the first speaks: the others' standard output is dropped.  Raises InputError where the processes
-    do not find each other.
+    Only the first speaks: the others' standard output is dropped.  Raises InputError where the arguments
+    make no sense; JAX ends processes that have not found each other after five minutes.
     """
     try:
         jax.distributed.initialize(coordinator, processes, process)
-    except (ValueError, RuntimeError) as error:
+    except (IndexError, ValueError, RuntimeError) as error:  # the first: no port
         raise InputError(
             f"--distributed: {error}",
-            remedy="Give --coordinator and --processes, the same to all, and --process, counted from 0",
+            remedy="Give --coordinator=host:port and --processes, the same to all, and --process, from 0",
         ) from None
+    agree(False)  # the first time they wait but seconds for each other: now, while they are in step
     if not primary():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
 
@@ -54,10 +55,11 @@ def first_alone(work: Callable[[], T]) -> T | None:
 
     Where it fails all processes do: those left alone would wait for the first for ever.
     """
-    made, error = None, None
+    made: T | None = None
+    error: BaseException | None = None
     try:
         made = work() if primary() else None
-    except Exception as caught:
+    except BaseException as caught:  # an interrupt too
         error = caught
     if agree(error is not None):
         raise error or InputError("the first process failed, and says why")

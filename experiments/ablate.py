@@ -88,9 +88,10 @@ def main() -> None:
     workdir, config = pathlib.Path(FLAGS.workdir), training_folder.config_from_flags(QUICK)
     test = dataset.read(FLAGS.data, "test")
     judged, kind = judging.labelled_lists(test, FLAGS.data, "test")
-    with training_folder.opened("ablate", config) as (setup, passport):
-        learned = artifact.learned_from(fitting.seen(setup.development), test)
-        judging.refuse_overlap("every ablation learns", learned, FLAGS.data)
+    check = lambda development: judging.refuse_overlap(
+        "every ablation learns", artifact.learned_from(fitting.seen(development), test), FLAGS.data
+    )
+    with training_folder.opened("ablate", config, check) as (setup, passport):
         configs = variants(config, setup.development.lists)
         say(f"{len(configs)} ablations as lanes of {len(setup.views.train)} views; judged on {kind} labels "
             f"of {len(judged.query_id)} queries of the test split")  # fmt: skip

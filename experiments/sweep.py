@@ -86,8 +86,7 @@ def train(setup: fitting.Setup, workdir: pathlib.Path, stage: Stage, state: Stat
 def save(setup: fitting.Setup, found: Found, workdir: pathlib.Path, passport: dict) -> artifact.Model:
     """Writes what was found of every configuration, the recipe that was taken, and its model."""
     stages = {stage.name: _judged(stage, state) for stage, state in found.trained}
-    taken = {"taken": found.number, "why": found.why, "validation_metric": found.metric}
-    files.write_json(workdir / "sweep.json", stages | taken)
+    files.write_json(workdir / "sweep.json", stages | {"taken": found.number, "why": found.why})
     with SummaryWriter(workdir / "tensorboard") as writer:
         model = training_folder.save_model(setup, found.state, found.config, passport, writer)
     with files.replacing(workdir / "recipe.flags") as temporary:

@@ -5,7 +5,7 @@ import dataclasses
 import json
 import pathlib
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -71,10 +71,13 @@ def unless_quick(name: str, value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def opened(launcher: str, config: TrainConfig, **more: Any) -> Iterator[tuple[Setup, dict]]:
+def opened(
+    launcher: str, config: TrainConfig, check: Callable[[Development], None] | None = None, **more: Any
+) -> Iterator[tuple[Setup, dict]]:
     """The setup of a launcher's run and the data's certificate, while the workdir is its own.
 
-    `more` are settings that a resumed run must share too.  Of several processes all train, one writes.
+    `check` may refuse the data; `more` are settings that a resumed run must share too.  Of several
+    processes all train, one writes.
     """
     _join()
     workdir, passport = pathlib.Path(FLAGS.workdir), dataset.read_certificate(FLAGS.data)
@@ -82,8 +85,11 @@ def opened(launcher: str, config: TrainConfig, **more: Any) -> Iterator[tuple[Se
         warn(breach)
     settings = dataclasses.asdict(config) | {"launcher": launcher, "data": FLAGS.data}
     settings |= {"certificate": files.digest(passport)} | more
+    development = read_development(FLAGS.data)
+    if check:
+        check(development)
     with contextlib.ExitStack() as stack:
-        setup = fitting.set_up(read_development(FLAGS.data), config, partial(ndcg, k=10), devices.mesh())
+        setup = fitting.set_up(development, config, partial(ndcg, k=10), devices.mesh())
         devices.first_alone(lambda: _prepare(stack, workdir, settings))
         yield setup, passport
 

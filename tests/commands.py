@@ -65,12 +65,16 @@ def start(name: str, *arguments: object) -> subprocess.Popen:
     )  # fmt: skip
 
 
-def in_two_processes(name: str, *arguments: object, fails: int = 0) -> list[str]:
-    """What each of two processes says that together are a training launcher; both must end with a status."""
+def free_port() -> int:
+    """A port of this machine that nobody listens at."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    shared = [name, *arguments, "--distributed", f"--coordinator=localhost:{port}", "--processes=2"]
+        return free.getsockname()[1]
+
+
+def in_two_processes(name: str, *arguments: object, fails: int = 0) -> list[str]:
+    """What each of two processes says that together are a training launcher; both must end with a status."""
+    shared = [name, *arguments, "--distributed", f"--coordinator=localhost:{free_port()}", "--processes=2"]
     both = [start(*shared, f"--process={k}") for k in range(2)]
     said = [process.communicate(timeout=300)[0] for process in both]
     assert [process.returncode for process in both] == [fails, fails], said

@@ -10,6 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from cotrr import devices
+from cotrr.data import dataset
 from cotrr.ranker import artifact
 from tests.commands import in_two_processes, launch, log_of, make_data, start, stop_when
 
@@ -118,6 +119,18 @@ def test_two_processes_find_what_one_does(data, tmp_path, name, wrote):
     assert len(one) == len(two) > 50
     for a, b in zip(one, two, strict=True):
         assert a == b if isinstance(a, str | bool) else a == pytest.approx(b, rel=1e-2, abs=1e-2)
+
+
+def test_what_would_be_learned_from_is_not_judged_and_nothing_is_lost(data, tmp_path, monkeypatch):
+    folder = tmp_path / "a"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "ablation.json").write_text("precious")
+    read = dataset.read
+    monkeypatch.setattr(dataset, "read", lambda where, split: read(where, "train"))  # as every split
+    said = launch("ablate", f"--data={data}", f"--workdir={folder}", "--quick", "--overwrite", fails=2)
+    assert "every ablation learns from" in said and "of this split" in said
+    assert (folder / "ablation.json").read_text() == "precious"
 
 
 def test_ablations_are_compared_with_the_full_model(data, tmp_path):

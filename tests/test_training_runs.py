@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from cotrr.checkpoints import Checkpoints
 from cotrr.ranker import fitting
-from tests.commands import ROOT, in_two_processes, launch, log_of, make_data, run, start, stop_when
+from tests.commands import ROOT, free_port, in_two_processes, launch, log_of, make_data, run, start, stop_when
 
 pytestmark = pytest.mark.usefixtures("unoptimised")
 EPOCHS = 20
@@ -230,10 +230,36 @@ def test_where_the_first_process_is_refused_the_other_does_not_wait(data, straig
     assert "file" in said[0] and "the first process failed" in said[1]
 
 
+INTERRUPTED = """
+import sys
+from cotrr import devices
+from cotrr.errors import InputError
+
+def work():
+    raise KeyboardInterrupt
+
+devices.join(sys.argv[1], 2, int(sys.argv[2]))
+try:
+    devices.first_alone(work)
+except (KeyboardInterrupt, InputError) as error:
+    print(repr(error), file=sys.stderr)
+"""
+
+
+def test_an_interrupt_of_the_first_process_ends_the_other_too():
+    both = [subprocess.Popen([sys.executable, "-c", INTERRUPTED, f"localhost:{port}", str(k)], cwd=ROOT,
+                             env=os.environ | {"JAX_PLATFORMS": "cpu"}, stderr=subprocess.PIPE, text=True)
+            for port in [free_port()] for k in range(2)]  # fmt: skip
+    said = [process.communicate(timeout=60)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert "KeyboardInterrupt" in said[0] and "the first process failed" in said[1]
+
+
 @pytest.mark.parametrize(("flags", "reason"), [
     (["--processes=2"], "--processes: one process has no use for it. Set --distributed too"),
     (["--distributed"], "--distributed: "),
     (["--distributed", "--coordinator=localhost:1", "--processes=2", "--process=2"], "--distributed: "),
+    (["--distributed", "--coordinator=localhost", "--processes=2", "--process=0"], "--coordinator=host:port"),
 ])  # fmt: skip
 def test_flags_of_several_processes_go_together(data, tmp_path, flags, reason):
     # In a process of its own: nothing may have been computed before it joins others.

@@ -171,7 +171,7 @@ def _limits(model: Model, certificate: Dict, report: Dict | None, evaluation: Di
     if report and report["data"]["certificate"] != described:
         loud.append("It was evaluated on other data than those described here.")
     if (looked_at := model.config.get("looked_at", 1)) > 1:
-        loud.append(f"It is the best of {looked_at} configurations on what they were validated on.")
+        loud.append(f"It was chosen from {looked_at} configurations on what they were validated on.")
     return list(dict.fromkeys([*loud, *told]))
 
 

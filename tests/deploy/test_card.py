@@ -173,7 +173,7 @@ def test_limits_follow_from_the_evidence(model, report):
     chosen = model._replace(
         config=model.config | {"looked_at": 64}, provenance=model.provenance | {"calibrated_on": "silver"}
     )
-    assert "best of 64 configurations" in said(chosen) and "calibrated on silver" in said(chosen)
+    assert "chosen from 64 configurations" in said(chosen) and "calibrated on silver" in said(chosen)
     assert "not the data that it was trained on" in said(model, CERTIFICATE | {"rows_read": 1})
 
 

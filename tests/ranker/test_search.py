@@ -3,12 +3,13 @@
 import dataclasses
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 
 from cotrr.errors import InputError
-from cotrr.ranker import search
-from cotrr.ranker.lanes import TrainConfig
+from cotrr.ranker import search, training
+from cotrr.ranker.lanes import TrainConfig, make_lanes
 from tests.ranker.runs import FEW, start
 
 
@@ -116,6 +117,29 @@ def test_a_search_tells_the_quarter_from_the_rest_whatever_the_rungs(rungs):
     assert [count for _, count, _, _ in stages] == [*lanes, 3]
     firsts = [0, *[last for _, _, _, last in stages[: rungs - 1]], 0]
     assert [first for _, _, first, _ in stages] == firsts
+
+
+def test_a_lost_centre_gives_way_to_the_members_of_the_best():
+    config = dataclasses.replace(FEW, hidden=0, bagging=1.0, members=2)
+    setup, finalists = start(config), []
+
+    def run(stage, state, first):
+        state = training.run_epochs(setup.train, state, make_lanes(stage.configs), first, min(stage.last, 2))
+        if stage.name != "finalists":
+            return state
+        finalists.append((stage, state._replace(best=state.best.at[1].set(np.inf))))  # of the centre
+        return finalists[0][1]
+
+    found = search.tune(setup.train, search.draw(config, 8), run, rungs=1, members=2)
+    stage, state = finalists[0]
+    best = 1 + int(np.asarray(state.best_metric).reshape(-1, 2).mean(axis=1)[1:].argmax())
+    assert found.why.startswith("the best")
+    assert (found.number, found.config) == (stage.numbers[best], stage.configs[best])
+    for of_found, of_all in zip(jax.tree.leaves(found.state.best_params), jax.tree.leaves(state.best_params),
+                                strict=True):  # fmt: skip
+        np.testing.assert_array_equal(of_found, of_all[2 * best : 2 * best + 2])
+    judged = training.judge_lanes(setup.train, found.state, make_lanes([found.config]), 2)
+    assert found.metric == pytest.approx(np.nanmean(np.asarray(judged)), rel=1e-4)
 
 
 def test_lanes_are_taken_from_every_leaf():
