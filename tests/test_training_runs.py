@@ -250,7 +250,7 @@ def test_an_interrupt_of_the_first_process_ends_the_other_too():
     both = [subprocess.Popen([sys.executable, "-c", INTERRUPTED, f"localhost:{port}", str(k)], cwd=ROOT,
                              env=os.environ | {"JAX_PLATFORMS": "cpu"}, stderr=subprocess.PIPE, text=True)
             for port in [free_port()] for k in range(2)]  # fmt: skip
-    said = [process.communicate(timeout=60)[1] for process in both]
+    said = [process.communicate(timeout=180)[1] for process in both]
     assert [process.returncode for process in both] == [0, 0], said
     assert "KeyboardInterrupt" in said[0] and "the first process failed" in said[1]
 
@@ -264,7 +264,7 @@ def test_an_interrupt_of_the_first_process_ends_the_other_too():
 def test_flags_of_several_processes_go_together(data, tmp_path, flags, reason):
     # In a process of its own: nothing may have been computed before it joins others.
     process = start("train", f"--data={data}", f"--workdir={tmp_path / 'm'}", *flags)
-    said = process.communicate(timeout=60)[0]
+    said = process.communicate(timeout=180)[0]
     assert process.returncode == 2 and reason in said and "Traceback" not in said, said
 
 
