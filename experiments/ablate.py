@@ -11,6 +11,7 @@ max-T.  Writes ablation.json, ablation.md and TensorBoard logs.
 import dataclasses
 import pathlib
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -75,12 +76,10 @@ def variants(config: TrainConfig, lists: Lists) -> dict[str, TrainConfig]:
     return {name: dataclasses.replace(config, **change) for name, change in changes.items()}
 
 
-def lane_names(configs: dict[str, TrainConfig]) -> list[str]:
-    """For each member of each ablation a name that a folder can have."""
+def folder_names(ablations: Iterable[str]) -> list[str]:
+    """For each ablation's name one that a folder can have."""
     plain = lambda name: re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
-    return [f"{number:02d}-{plain(name)}" + (f"-{member}" if config.members > 1 else "")
-            for number, (name, config) in enumerate(configs.items())
-            for member in range(config.members)]  # fmt: skip
+    return [f"{number:02d}-{plain(name)}" for number, name in enumerate(ablations)]
 
 
 def main() -> None:
@@ -95,7 +94,7 @@ def main() -> None:
         configs = variants(config, setup.development.lists)
         say(f"{len(configs)} ablations as lanes of {len(setup.views.train)} views; judged on {kind} labels "
             f"of {len(judged.query_id)} queries of the test split")  # fmt: skip
-        with Loop(workdir, list(configs.values()), FLAGS.checkpoint_every, lane_names(configs)) as epochs:
+        with Loop(workdir, list(configs.values()), FLAGS.checkpoint_every, folder_names(configs)) as epochs:
             states = train(setup, configs, epochs)
             facts = {"labels": kind, "breaches": certificate.breaches(passport),
                      "settings": dataclasses.asdict(config)}  # fmt: skip

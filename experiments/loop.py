@@ -32,8 +32,8 @@ class Loop:
 
     Writes a line an epoch to epochs.jsonl and checkpoints, at intervals and when the process is told
     to end (SIGTERM) in an epoch, into `folder`; and a TensorBoard run for each lane.  `names` are the
-    lanes' where they are not 000, 001, ….  A lane whose loss is not finite ends the run, or, where it is
-    not `strict`, keeps its best epoch before.
+    configs' where they are not 000, 001, …; members are numbered behind them.  A lane whose loss is not
+    finite ends the run, or, where it is not `strict`, keeps its best epoch before.
     """
 
     def __init__(
@@ -46,7 +46,10 @@ class Loop:
     ):
         self._folder, self._every = folder, checkpoint_every
         self._lanes = [(config, k) for config in configs for k in range(config.members)]
-        self._names = names or [f"{k:03d}" for k in range(len(self._lanes))]
+        names = names or [f"{k:03d}" for k in range(len(configs))]
+        self._names = [name if config.members == 1 else f"{name}-{member}"
+                       for name, config in zip(names, configs, strict=True)
+                       for member in range(config.members)]  # fmt: skip
         self._strict, self._lost = strict, set[int]()
         self._told_to_end, self._way_on = False, "go on with --resume"
         self._writers: list[SummaryWriter] = []  # of the first process alone

@@ -73,11 +73,8 @@ def main() -> None:
 
 def train(setup: fitting.Setup, workdir: pathlib.Path, stage: Stage, state: State, first: int) -> State:
     """Trains a stage's lanes in a folder of its own: a search that was killed goes on where it was."""
-    lanes = make_lanes(stage.configs)
-    names = [f"{number:03d}" + (f"-{member}" if config.members > 1 else "")
-             for number, config in zip(stage.numbers, stage.configs, strict=True)
-             for member in range(config.members)]  # fmt: skip
-    say(f"{stage.name}: {len(names)} lanes to epoch {stage.last}")
+    lanes, names = make_lanes(stage.configs), [f"{number:03d}" for number in stage.numbers]
+    say(f"{stage.name}: {len(lanes.key)} lanes to epoch {stage.last}")
     with Loop(workdir / stage.name, stage.configs, FLAGS.checkpoint_every, names, strict=False) as epochs:
         state, reached = epochs.begin(state, first)
         return epochs.run(setup, lanes, state, reached, stage.last)

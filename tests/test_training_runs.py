@@ -163,7 +163,7 @@ def test_a_full_disk_costs_what_was_to_be_written_meanwhile(data, straight, tmp_
     assert [f"epoch {epoch} is not logged" in said for epoch in range(5, 12)] == [False, *[True] * 5, False]
     assert_same_model(straight, folder, lost)
     assert kept(folder) == (EPOCHS, False)
-    for lane in ("lane-000", "lane-001"):
+    for lane in ("lane-000-0", "lane-000-1"):
         events = EventAccumulator(str(folder / "tensorboard" / lane))
         events.Reload()
         steps = [event.step for event in events.Scalars("train/total")]
@@ -201,6 +201,12 @@ def test_a_loss_that_is_not_finite_is_named(data, tmp_path, setting, parts):
     for part in parts:
         assert part in said
     assert ("It may be too high" in said) == ("learning_rate" in setting)
+
+
+def test_a_settings_file_that_is_none_is_told(data, tmp_path):
+    (tmp_path / "config.json").write_text('{"seed": ')
+    said = launch("train", f"--data={data}", f"--workdir={tmp_path}", *SETTINGS, "--resume", fails=2)
+    assert "config.json" in said and "not the settings of a training run. Set --overwrite" in said
 
 
 def test_quick_settings_give_way_to_those_of_the_command_line(data, tmp_path):
@@ -275,7 +281,7 @@ def scalars(folder: pathlib.Path) -> dict:
 
 
 def test_each_lane_has_its_curves(straight):
-    lanes = [scalars(straight / "tensorboard" / f"lane-{k:03d}") for k in range(2)]
+    lanes = [scalars(straight / "tensorboard" / f"lane-000-{k}") for k in range(2)]
     for lane in lanes:
         assert {"train/total", "train/gradient_norm", "train/update_norm", "validation/loss"} <= lane.keys()
         assert len(lane["train/total"]) == EPOCHS

@@ -140,6 +140,7 @@ def tune(
 
     The best of many is so by luck where the held-out queries are few; what the best have in common is
     not.  So the centre is taken, unless another of at least two finalists beats it by more than chance.
+    Raises InputError where all are lost.
     """
     trained, ranked = halve(train, configs, run, rungs)
     best = [dataclasses.replace(configs[k], members=members) for k in ranked[: -(-len(configs) // 4)]]
@@ -196,7 +197,7 @@ def _p_better(differences: np.ndarray) -> float:
     known = differences[~np.isnan(differences)]
     if len(known) < 2 or not known.std():
         return 1.0
-    return float(stats.t.sf(known.mean() / (known.std(ddof=1) / np.sqrt(len(known))), len(known) - 1))
+    return float(stats.ttest_1samp(known, 0, alternative="greater").pvalue)
 
 
 def survivors(state: State, count: int, members: int = 1) -> list[int]:

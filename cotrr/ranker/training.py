@@ -156,7 +156,7 @@ class Train:
             lists = jax.vmap(jax.vmap(self._metric))
             return lists(scores, examples)
 
-        batches = self._batches(self.judged, min(self._batch, self.judged.shape[1]))
+        batches = self._judged_batches
         nowhere = jnp.full(len(self.examples.y), jnp.nan)
         return nowhere.at[batches].set(jax.lax.map(batch, batches))[: self.queries]
 
@@ -171,6 +171,11 @@ class Train:
     @property
     def _steps(self) -> int:
         return -(-self.queries // self._batch)
+
+    @property
+    def _judged_batches(self) -> jax.Array:
+        """[steps, F, B] the queries that each view is judged by."""
+        return self._batches(self.judged, min(self._batch, self.judged.shape[1]))
 
     def _batches(self, order: jax.Array, size: int) -> jax.Array:
         """[steps, ..., size] of queries [..., Q]; filled up with one that is not there, for the mesh too."""
@@ -247,8 +252,7 @@ class Train:
         def batch(chosen: jax.Array) -> dict[str, jax.Array]:
             return jax.vmap(jax.vmap(one, in_axes=(None, 0)))(params, self._take(chosen))
 
-        batches = self._batches(self.judged, min(self._batch, self.judged.shape[1]))
-        values = jax.lax.map(batch, batches)  # [steps, F, B]
+        values = jax.lax.map(batch, self._judged_batches)  # [steps, F, B]
         return {f"validation_{name}": jnp.nanmean(value, axis=(0, 2)) for name, value in values.items()}
 
     def _metric(self, scores: jax.Array, example: Examples) -> jax.Array:
@@ -278,10 +282,7 @@ def make_train(
     def place(axis: int, part: Any) -> Any:
         def put(value: Any) -> jax.Array:
             width = [(0, extra if i == axis else 0) for i in range(np.ndim(value))]
-            padded = np.pad(np.asarray(value), width)
-            if mesh is None:
-                return jnp.asarray(padded)
-            return jax.make_array_from_callback(padded.shape, _by_queries(mesh, axis), lambda at: padded[at])
+            return _put(np.pad(np.asarray(value), width), None if mesh is None else _by_queries(mesh, axis))
 
         return jax.tree.map(put, part)
 
@@ -294,10 +295,14 @@ def _judged(held_out: Any, mesh: Mesh | None) -> jax.Array:
     judged = np.full((len(queries), max(1, *map(len, queries))), held_out.shape[1], np.int32)
     for places, found in zip(judged, queries, strict=True):
         places[: len(found)] = found
-    if mesh is None:
-        return jnp.asarray(judged)
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    return jax.make_array_from_callback(judged.shape, everywhere, lambda at: judged[at])
+    return _put(judged, None if mesh is None else NamedSharding(mesh, PartitionSpec()))
+
+
+def _put(array: np.ndarray, sharding: NamedSharding | None) -> jax.Array:
+    """The array on the devices, each process giving the parts of its own."""
+    if sharding is None:
+        return jnp.asarray(array)
+    return jax.make_array_from_callback(array.shape, sharding, lambda at: array[at])
 
 
 @partial(jax.jit, compiler_options=WIDE)

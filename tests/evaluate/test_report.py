@@ -176,6 +176,55 @@ def failures() -> list[dict[str, Any]]:
     ]
 
 
+def acceptance() -> list[dict[str, Any]]:
+    """A criterion of each status."""
+    return [
+        criterion(
+            "Compliance@1 over CLIP-only ≥ +3 points",
+            "points",
+            "met",
+            fig(0.1234, threshold=0.03),
+            threshold=0.03,
+            why="the whole interval lies above the threshold",
+        ),
+        criterion("nDCG@10 ≥ 0.85", "", "not decided", fig(0.853), threshold=0.85),
+        criterion("Conflict ECE ≤ 0.05", "", "not met", fig(0.091, 0.02), threshold=0.05),
+        criterion(
+            "p95 latency ≤ 1 ms",
+            "ms",
+            "not measured",
+            fig(None, why="the engine was not run"),
+            threshold=1.0,
+        ),
+    ]
+
+
+def origin() -> dict[str, Any]:
+    """What a report says of its data, its model and its speed."""
+    return {
+        "data": {
+            "dataset": "runs/latest",
+            "split": "test",
+            "queries": 90,
+            "candidates": 2700,
+            "candidates_per_query": {"min": 12, "median": 30, "max": 48},
+            "label": "silver",
+            "certificate": "9f2c" * 16,
+            "fractions": [0.7, 0.15, 0.15],
+            "salt": "cotrr",
+        },
+        "model": {
+            "name": "cotrr_lite",
+            "version": "v1",
+            "members": 8,
+            "config": {"widths": [64, 32], "learning_rate": 0.003, "dropout": None},
+            "trained_on": "ab12" * 16,
+            "epochs": 40,
+        },
+        "latency": {"p50_ms": fig(0.412, 0.02), "p95_ms": fig(0.655, 0.05), "engine": "JAX CPU"},
+    }
+
+
 def sample() -> dict[str, Any]:
     """A full report of invented numbers."""
     more = statistics()
@@ -188,25 +237,7 @@ def sample() -> dict[str, Any]:
             "ndcg@10": "linear gain = review.compliance, discount 1/log2(rank + 1)",
         },
         "notices": ["Labels are silver: they are functions of features that the model reads."],
-        "acceptance": [
-            criterion(
-                "Compliance@1 over CLIP-only ≥ +3 points",
-                "points",
-                "met",
-                fig(0.1234, threshold=0.03),
-                threshold=0.03,
-                why="the whole interval lies above the threshold",
-            ),
-            criterion("nDCG@10 ≥ 0.85", "", "not decided", fig(0.853), threshold=0.85),
-            criterion("Conflict ECE ≤ 0.05", "", "not met", fig(0.091, 0.02), threshold=0.05),
-            criterion(
-                "p95 latency ≤ 1 ms",
-                "ms",
-                "not measured",
-                fig(None, why="the engine was not run"),
-                threshold=1.0,
-            ),
-        ],
+        "acceptance": acceptance(),
         "metrics": row(0.85),
         "ladder": [
             {
@@ -241,26 +272,7 @@ def sample() -> dict[str, Any]:
             "nominal": 0.95,
         },
         "examples": failures(),
-        "data": {
-            "dataset": "runs/latest",
-            "split": "test",
-            "queries": 90,
-            "candidates": 2700,
-            "candidates_per_query": {"min": 12, "median": 30, "max": 48},
-            "label": "silver",
-            "certificate": "9f2c" * 16,
-            "fractions": [0.7, 0.15, 0.15],
-            "salt": "cotrr",
-        },
-        "model": {
-            "name": "cotrr_lite",
-            "version": "v1",
-            "members": 8,
-            "config": {"widths": [64, 32], "learning_rate": 0.003, "dropout": None},
-            "trained_on": "ab12" * 16,
-            "epochs": 40,
-        },
-        "latency": {"p50_ms": fig(0.412, 0.02), "p95_ms": fig(0.655, 0.05), "engine": "JAX CPU"},
+        **origin(),
         **more,
     }
 
